@@ -1,0 +1,70 @@
+# make demo | test | lint | kernels-check | dist. ARGS is passed on: make test ARGS="-k packed", make demo ARGS="--seed 1".
+# Everything lives in .venv; a second run installs nothing. PIP_* variables and pip's configuration are honoured:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install    takes the small CPU build of torch.
+PYTHON ?= python3
+CXX ?= c++
+ARGS ?=
+RUN = .venv/bin/python
+export CXX
+
+.PHONY: venv install install-dev demo test lint kernels-check abi-check dist clean check-machine
+
+install: .venv/.built
+install-dev: .venv/.dev .venv/.built
+venv: .venv/.created
+
+demo: install
+	$(RUN) -m cosmo_fast.train --config demo $(ARGS)
+
+test: install-dev
+	$(RUN) -m pytest -q $(ARGS)
+
+lint: install-dev
+	$(RUN) -m ruff check .
+	.venv/bin/clang-format --dry-run -Werror csrc/*
+
+kernels-check: install-dev
+	$(RUN) -m cosmo_fast.kernels.check
+
+# One binary for every later torch: built with the pinned one, its op tests run with the next one. Not part of CI: that
+# environment (.venv-abi) pulls PyPI's torch, a CUDA build of several GB. make abi-check ABI_TORCH=2.15.0 for another.
+ABI_TORCH ?= 2.14.1
+abi-check: install-dev
+	$(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/python -m pip install -q torch==$(ABI_TORCH) numpy pytest
+	PYTHONPATH=. .venv-abi/bin/python -m pytest -q tests/test_linear_policy_loss.py tests/test_objectives.py $(ARGS)
+
+dist: install-dev
+	rm -rf dist
+	$(RUN) -m build --no-isolation --sdist --wheel
+
+clean:
+	rm -rf build dist .venv .venv-abi *.egg-info cosmo_fast/*.so
+
+check-machine:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cosmo_fast needs Python 3.11 or later: install it, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "cosmo_fast needs Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' || \
+	  { echo "cosmo_fast needs Python's headers (Debian: apt install python3-dev)" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || \
+	  { echo "cosmo_fast needs a C++ compiler: $(firstword $(CXX)) is not on PATH (Debian: apt install g++, or set CXX)" >&2; exit 1; }
+
+.venv/.created:
+	@$(MAKE) --no-print-directory check-machine
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.deps: requirements.txt | .venv/.created
+	$(RUN) -m pip install -r requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.deps
+	$(RUN) -m pip install -r requirements-dev.txt
+	touch $@
+
+.venv/.built: setup.py pyproject.toml $(wildcard csrc/*) .venv/.deps
+	@$(MAKE) --no-print-directory check-machine
+	$(RUN) -m pip install --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,104 @@
+"""Checkpoints: a complete Hugging Face folder plus the trainer's state, there as a whole or not at all. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cosmo_fast.models import Policy
+
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def write_atomically(folder: Path, write) -> None:
+    """Calls ``write(temporary_folder)``, syncs every file to disk and renames the folder into place."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
+) -> None:
+    """Writes ``folder`` atomically: the model folder, ``trainer_state.json``, ``optimizer.safetensors``."""
+
+    def write(into: Path) -> None:
+        policy.save(into)
+        if optimizer is not None:
+            save_file(_flat(policy, optimizer), into / OPTIMIZER)
+        (into / STATE).write_text(json.dumps(state, indent=1))
+
+    write_atomically(folder, write)
+
+
+def _flat(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    return {
+        f"{key}/{names[id(p)]}": torch.as_tensor(value).contiguous()
+        for p, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the saved moments back, each beside its parameter."""
+    parameters = dict(policy.model.named_parameters())
+    for key, value in load_file(folder / OPTIMIZER).items():
+        entry, name = key.split("/", 1)
+        optimizer.state[parameters[name]][entry] = value if entry == "step" else value.to(parameters[name].device)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text())
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; what an interrupted save left behind is not among them."""
+    found = [
+        p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).is_file()
+    ]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path:
+    """The checkpoint that ``resume_from_checkpoint`` names; true or "latest" is the newest.
+
+    Raises:
+        ValueError: there is none, or it is incomplete.
+    """
+    if wanted is True or wanted == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"resume_from_checkpoint={wanted}: {output_dir} holds no complete checkpoint")
+        return found[-1]
+    folder = Path(str(wanted))
+    if not (folder / STATE).is_file():
+        raise ValueError(f"resume_from_checkpoint={str(folder)!r} is no complete checkpoint: it has no {STATE}")
+    return folder
+
+
+def prune(output_dir: Path, keep: int | None, protected: set[Path]) -> None:
+    """Removes the oldest checkpoints beyond ``keep``; ``protected`` ones (ends of stages) stay and do not count."""
+    if keep is not None:
+        removable = [p for p in checkpoints(output_dir) if p not in protected]
+        for folder in removable[:-keep]:
+            shutil.rmtree(folder)

@@ -1,0 +1,84 @@
+"""The console script ``cosmo-fast``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cosmo_fast import train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a sub-command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="cosmo-fast", description="RL post-training of multimodal reasoning models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser(
+        "train", help="train a recipe: cosmo-fast train demo [--key.sub value ...] [--dry-run]"
+    )
+    training.add_argument("recipe", help="a YAML file or a shipped recipe")
+    judging = commands.add_parser(
+        "evaluate", help="accuracy, safe rate and over-refusal rate of a checkpoint on rows, as JSON"
+    )
+    judging.add_argument("checkpoint", help="a Hugging Face model folder")
+    judging.add_argument("data", help="a JSONL file of rows")
+    judging.add_argument("--image-root", help="folder of the pictures; default: the folder of DATA")
+    judging.add_argument("--limit", type=int, help="first rows only")
+    asking = commands.add_parser("generate", help="a completion for one prompt")
+    asking.add_argument("checkpoint", help="a Hugging Face model folder")
+    asking.add_argument("--prompt", required=True, help="the user's text")
+    asking.add_argument(
+        "--image", action="append", default=[], help="a picture file, put before the text; may be repeated"
+    )
+    asking.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    asking.add_argument("--num-generations", type=int, default=1)
+    asking.add_argument("--seed", type=int, default=0)
+    for sub in (judging, asking):
+        sub.add_argument("--max-completion-length", type=int, default=256, help="tokens")
+        sub.add_argument("--batch-size", type=int, default=256, help="responses decoded at once")
+    known, rest = parser.parse_known_args(arguments)
+    if known.command == "train":
+        return train.main(["--config", known.recipe, *rest])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        {"evaluate": evaluate, "generate": generate}[known.command](known)
+    except (ValueError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Prints :func:`cosmo_fast.evaluate.score` of greedy completions as one JSON object."""
+    from cosmo_fast.data import load_rows
+    from cosmo_fast.evaluate.run import evaluate as run
+    from cosmo_fast.models import load_policy
+
+    rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
+    policy = load_policy(Path(options.checkpoint).absolute())
+    result = run(policy, rows, max_completion_length=options.max_completion_length, batch_size=options.batch_size)
+    print(json.dumps(result, indent=1))
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Prints completions, separated by blank lines."""
+    from cosmo_fast.data.encode import Encoder
+    from cosmo_fast.data.rows import single_row
+    from cosmo_fast.models import load_policy
+    from cosmo_fast.models.vision import Vision
+    from cosmo_fast.rollout import Sampler, SamplingParams
+
+    row = single_row(options.prompt, [Path(p) for p in options.image])
+    policy = load_policy(Path(options.checkpoint).absolute())
+    params = SamplingParams(options.max_completion_length, options.temperature)
+    sampler = Sampler(policy, Vision(policy), max(options.batch_size, options.num_generations))
+    prompt = Encoder(policy).prompt(row)
+    [group] = sampler.generate([prompt], params, num_generations=options.num_generations, seed=options.seed)
+    print("\n\n".join(policy.tokenizer.batch_decode([c.ids for c in group], skip_special_tokens=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

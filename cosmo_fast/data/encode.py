@@ -1,0 +1,86 @@
+"""Rows to token ids: chat template, one id for every vision feature, the target of a supervised row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cosmo_fast.data.rows import DataError, Row
+from cosmo_fast.models import Policy
+from cosmo_fast.plan import Media, Prompt
+
+
+class Encoder:
+    """Encodes rows for one policy; picture sizes are read from file headers once, nothing is decoded.
+
+    Args:
+        policy: whose tokenizer, chat template and image processor are used.
+        max_prompt_length: longest prompt in tokens, vision tokens included; None for no bound.
+        max_completion_length: longest supervised target in tokens, end token included; None for no bound.
+    """
+
+    def __init__(
+        self, policy: Policy, *, max_prompt_length: int | None = None, max_completion_length: int | None = None
+    ):
+        self.policy = policy
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
+        self.image_id = policy.tokenizer.convert_tokens_to_ids(policy.family.IMAGE_TOKEN)
+        self._grids: dict[Path, tuple[int, int, int]] = {}
+
+    def prompt(self, row: Row) -> Prompt:
+        """The row's conversation up to the answer, as the policy is asked.
+
+        Raises:
+            DataError: picture tokens and pictures do not match, or the prompt is longer than ``max_prompt_length``.
+        """
+        text = self.policy.tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+        ids = np.asarray(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        slots = np.flatnonzero(ids == self.image_id)
+        if len(slots) != len(row.images):
+            raise DataError(
+                f"{row.source}: {len(row.images)} image(s), but the rendered prompt has {len(slots)} image slot(s); "
+                "check the {'type': 'image'} parts of messages and the model's chat template"
+            )
+        media, pieces, done, offset = [], [], 0, 0
+        for slot, path in zip(slots, row.images, strict=True):
+            offset += slot - done
+            entry = Media(str(path), int(offset), self._grid(path))
+            media.append(entry)
+            pieces += [ids[done:slot], np.full(entry.rows, self.image_id)]
+            offset, done = offset + entry.rows, slot + 1
+        expanded = np.concatenate([*pieces, ids[done:]]).astype(np.int64)
+        if self.max_prompt_length is not None and len(expanded) > self.max_prompt_length:
+            raise DataError(
+                f"{row.source}: the prompt has {len(expanded)} tokens, over max_prompt_length={self.max_prompt_length} "
+                f"({sum(m.rows for m in media)} of them vision tokens); raise max_prompt_length or drop the row"
+            )
+        return Prompt(expanded, tuple(media), row.columns, text, row.source)
+
+    def target(self, row: Row) -> np.ndarray:
+        """The answer of a supervised row and the end token, (R,) int64.
+
+        Raises:
+            DataError: the last message is not the assistant's, or the target is longer than ``max_completion_length``.
+        """
+        if row.response is None:
+            raise DataError(
+                f"{row.source}: a supervised row ends with an assistant message, "
+                f"this one with a message of {row.messages[-1]['role']!r}"
+            )
+        ids = self.policy.tokenizer(row.response, add_special_tokens=False)["input_ids"]
+        target = np.asarray([*ids, self.policy.tokenizer.eos_token_id], dtype=np.int64)
+        if self.max_completion_length is not None and len(target) > self.max_completion_length:
+            raise DataError(
+                f"{row.source}: the answer has {len(target)} tokens, over "
+                f"max_completion_length={self.max_completion_length}; raise max_completion_length or drop the row"
+            )
+        return target
+
+    def _grid(self, path: Path) -> tuple[int, int, int]:
+        if path not in self._grids:
+            with Image.open(path) as image:
+                width, height = image.size
+            self._grids[path] = self.policy.family.grid_after_merge(self.policy.image_processor, height, width)
+        return self._grids[path]

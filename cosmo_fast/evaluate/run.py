@@ -1,0 +1,28 @@
+"""Greedy completions of a policy on rows, scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cosmo_fast.data.encode import Encoder
+from cosmo_fast.data.rows import Row
+from cosmo_fast.evaluate.metrics import score
+from cosmo_fast.models import Policy
+from cosmo_fast.models.vision import Vision
+from cosmo_fast.rollout import Sampler, SamplingParams
+
+
+def complete(
+    policy: Policy, rows: list[Row], params: SamplingParams, *, batch_size: int = 256, seed: int = 0
+) -> list[str]:
+    """One completion a row, decoded without special tokens, in the order of the rows."""
+    encoder = Encoder(policy)
+    sampler = Sampler(policy, Vision(policy), batch_size)
+    groups = sampler.generate([encoder.prompt(row) for row in rows], params, seed=seed)
+    return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+
+
+def evaluate(policy: Policy, rows: list[Row], *, max_completion_length: int, batch_size: int = 256) -> dict[str, Any]:
+    """:func:`cosmo_fast.evaluate.score` of greedy completions."""
+    params = SamplingParams(max_completion_length=max_completion_length, temperature=0)
+    return score([row.columns for row in rows], complete(policy, rows, params, batch_size=batch_size))

@@ -1,0 +1,56 @@
+"""The two attention functions that the packed forward registers with transformers; no model file is forked.
+
+``cosmo_packed`` (language model): the plan given to the forward does the attention. ``cosmo_flash_segments`` (vision
+tower; the name holds "flash" because transformers then passes all segment boundaries in one call): equal segments of
+any number of pictures in one batched call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+TEXT = "cosmo_packed"
+VISION = "cosmo_flash_segments"
+
+
+def packed(module, query, key, value, attention_mask, *, scaling, plan=None, dropout=0.0, sliding_window=None, **_):
+    """``query`` (1, H, T, D), ``key``/``value`` (1, Hk, T, D) -> ((1, T, H, D), None), by ``plan.attend``.
+
+    Raises:
+        ValueError: no plan was passed to the forward, attention dropout, or a sliding window.
+    """
+    if plan is None:
+        raise ValueError(
+            "the packed forward got no plan: call Policy.hidden, not the model, or reload the model for plain use"
+        )
+    if dropout or sliding_window is not None:
+        raise ValueError(
+            f"attention dropout ({dropout}) and sliding_window ({sliding_window}) are not supported; set 0 and null"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return plan.attend(module.layer_idx, q, k, v, scaling).unsqueeze(0), None
+
+
+def vision_segments(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, dropout=0.0, **_):
+    """Full attention inside each segment of ``cu_seq_lens_q`` (s + 1,): (1, H, T, D) -> ((1, T, H, D), None)."""
+    if dropout:
+        raise ValueError(f"vision attention dropout ({dropout}) is not supported; set it to 0")
+    lengths = cu_seq_lens_q.diff().tolist()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = torch.empty_like(q) if len(set(lengths)) > 1 else None
+    for length in sorted(set(lengths)):
+        if out is None:
+            rows = slice(None)
+        else:
+            chosen = torch.tensor([n == length for n in lengths], device=q.device)
+            rows = (cu_seq_lens_q[:-1][chosen, None] + torch.arange(length, device=q.device)).flatten()
+        parts = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        part = functional.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1)
+        out = part if out is None else out.index_copy(0, rows, part)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(TEXT, packed)
+AttentionInterface.register(VISION, vision_segments)

@@ -1,0 +1,84 @@
+"""Vision features of a plan's pictures: the tower runs once a picture, a frozen tower once for good."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from cosmo_fast.data.rows import open_image
+from cosmo_fast.models.policy import Policy
+from cosmo_fast.plan import Media
+
+
+class _ByteLRU(OrderedDict):
+    """Least recently used tensors are dropped once the total is over ``limit`` bytes."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit, self.held = limit, 0
+
+    def put(self, key: str, value: torch.Tensor) -> None:
+        self[key] = value
+        self.held += value.nbytes
+        while self.held > self.limit and len(self) > 1:
+            self.held -= self.popitem(last=False)[1].nbytes
+
+
+class Vision:
+    """Patches and features of pictures, cached.
+
+    Args:
+        policy: whose image processor and tower are used. cache_mib: bound of each of the two caches, in MiB.
+
+    Features are kept only while the tower is frozen; call :meth:`forget` when its weights may have changed.
+    """
+
+    def __init__(self, policy: Policy, cache_mib: int = 512):
+        self.policy = policy
+        self._patches = _ByteLRU(cache_mib << 20)
+        self._grids: dict[str, torch.Tensor] = {}
+        self._features = _ByteLRU(cache_mib << 20)
+
+    def forget(self) -> None:
+        self._features = _ByteLRU(self._features.limit)
+
+    def features(self, media: list[Media]) -> torch.Tensor | None:
+        """Features (m, d) of distinct ``media``, in order; None without any. Differentiable unless frozen."""
+        if not media:
+            return None
+        if not self.policy.vision_frozen:
+            return self._run([m.key for m in media])
+        missing = [m for m in media if m.key not in self._features]
+        if missing:
+            with torch.no_grad():
+                parts = self._run([m.key for m in missing]).split([m.rows for m in missing])
+            fresh = dict(zip((m.key for m in missing), parts, strict=True))
+        else:
+            fresh = {}
+        out = [fresh[m.key] if m.key in fresh else self._features[m.key] for m in media]
+        for m in media:
+            if m.key in fresh:
+                self._features.put(m.key, fresh[m.key].clone())
+            else:
+                self._features.move_to_end(m.key)
+        return torch.cat(out)
+
+    def _run(self, keys: list[str]) -> torch.Tensor:
+        missing = [key for key in keys if key not in self._patches]
+        fresh: dict[str, torch.Tensor] = {}
+        if missing:
+            images = [open_image(Path(key)) for key in missing]
+            patches, grids = self.policy.family.pixels(self.policy.image_processor, images)
+            for key, part, grid in zip(missing, patches.split(grids.prod(-1).tolist()), grids, strict=True):
+                fresh[key], self._grids[key] = part.clone(), grid
+        patches = torch.cat([fresh[key] if key in fresh else self._patches[key] for key in keys])
+        for key in keys:
+            if key in fresh:
+                self._patches.put(key, fresh[key])
+            else:
+                self._patches.move_to_end(key)
+        grids = torch.stack([self._grids[key] for key in keys])
+        device = self.policy.device
+        return self.policy.family.vision_features(self.policy.model, patches.to(device), grids.to(device))

@@ -1,0 +1,72 @@
+"""What a loss sees: token vectors. An objective maps (logp, entropy, batch) to a loss per token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenBatch:
+    """Response tokens of one micro-batch, flat. All vectors (N,) on the device of the hidden states.
+
+    targets: int64 token ids. weight: fp32, 0 = masked; the aggregation *is* these weights, made once per optimiser step
+    over all micro-batches and ranks (`objectives.aggregate`), so that the loss Σ weight·ℓ adds up over any split.
+    sequence: int64, non-decreasing ids. advantage, old_logp, ref_logp: floating, where the objective needs them.
+    """
+
+    targets: Tensor
+    weight: Tensor
+    sequence: Tensor
+    advantage: Tensor | None = None
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.targets.shape:
+                shapes = f"{tuple(value.shape)}, targets {tuple(self.targets.shape)}"
+                raise ValueError(f"TokenBatch.{field.name} has shape {shapes}: every vector needs one element a token")
+        if self.targets.dim() != 1:
+            raise ValueError(f"TokenBatch.targets must have one dimension, got shape {tuple(self.targets.shape)}")
+
+    def __len__(self) -> int:
+        return self.targets.shape[0]
+
+    def select(self, index: Tensor | slice) -> "TokenBatch":
+        """The tokens at `index` (int64 vector, boolean mask or slice), in that order."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in given.items() if value is not None})
+
+    def need(self, *names: str) -> tuple[Tensor, ...]:
+        """The named vectors; ValueError for one that was not given."""
+        values = tuple(getattr(self, name) for name in names)
+        for name, value in zip(names, values, strict=True):
+            if value is None:
+                raise ValueError(f"this objective needs TokenBatch.{name}, which is None")
+        return values
+
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss by name. `sequence_level`: the loss of a token depends on its whole sequence, which is then kept together."""
+
+    name: str
+    function: Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
+    sequence_level: bool = False
+
+    def __call__(self, logp: Tensor, entropy: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Loss per token (N,), minimised, differentiable by logp and entropy (N,); detached metrics (N,) by name."""
+        return self.function(logp, entropy, batch)
+
+
+def sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
+    """The mean of `values` (N,) over each token's sequence, at every token (N,). Ids must be non-decreasing."""
+    _, index, count = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
+    total = values.new_zeros(count.shape[0]).index_add(0, index, values)
+    return (total / count)[index]

@@ -1,0 +1,20 @@
+"""The public kernel API: each op with its reference."""
+
+from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
+from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
+from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
+from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_reference
+
+__all__ = [
+    "LossOutput",
+    "Segments",
+    "VocabStats",
+    "linear_logprobs",
+    "linear_logprobs_reference",
+    "linear_policy_loss",
+    "linear_policy_loss_reference",
+    "prefix_attention",
+    "prefix_attention_reference",
+    "vocab_stats",
+    "vocab_stats_reference",
+]

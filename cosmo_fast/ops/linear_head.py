@@ -1,0 +1,178 @@
+"""The vocabulary head in chunks of rows: logits, and the two gradient products, for the linear ops."""
+
+import torch
+from torch import Tensor
+
+from cosmo_fast.ops.vocab_stats import DTYPES, VocabStats, check_softcap, row_temperature, vocab_grad_
+
+
+class LinearHead:
+    """hidden (N, d) times weight (V, d), one chunk of rows at a time, in `logits_dtype`. Checks what the user gave."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        temperature: float | Tensor,
+        logit_softcap: float | None,
+        logits_dtype: torch.dtype | None,
+        chunk_rows: int,
+    ):
+        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+            shapes = f"hidden {tuple(hidden.shape)} and head_weight {tuple(weight.shape)}"
+            raise ValueError(f"{shapes} must be (N, d) and (V, d); a head sharded by ZeRO-3 must be gathered first")
+        if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES or hidden.device != weight.device:
+            raise ValueError(
+                f"hidden ({hidden.dtype}, {hidden.device}) and head_weight ({weight.dtype}, {weight.device}) must have "
+                "one dtype (float32, bfloat16 or float64) and one device: cast one to the other"
+            )
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype} must be ({weight.shape[0]},) {weight.dtype}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        self.dtype = logits_dtype or hidden.dtype
+        if self.dtype not in (hidden.dtype, torch.float32) or (self.dtype != hidden.dtype != torch.bfloat16):
+            raise ValueError(f"logits_dtype must be {hidden.dtype}, or float32 for bfloat16, got {logits_dtype}")
+        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        self.parameter_dtype = weight.dtype
+        self.widens = self.dtype != hidden.dtype
+        if self.widens and hidden.device.type != "cuda":  # no bf16 product with an fp32 result here: widen the operands
+            self.weight = self.weight.float()
+        self.softcap, self.chunk_rows = check_softcap(logit_softcap), chunk_rows
+        self.temperature = row_temperature(temperature, self.dtype, hidden.shape[0], hidden.device)
+        self._buffer = None
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """The hidden rows at `index`, in the dtype of the products."""
+        return self.hidden[index].to(self.weight.dtype)
+
+    def row_temperatures(self, index: Tensor | slice) -> Tensor | None:
+        """The temperatures (n,) of the rows at `index`; None where they are all 1."""
+        return None if self.temperature is None else self.temperature[index]
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(n, V) in a buffer that the next call overwrites. One GEMM."""
+        if self._buffer is None or self._buffer.shape[0] < rows.shape[0]:
+            self._buffer = None  # freed before its successor is made
+            self._buffer = rows.new_empty(rows.shape[0], self.weight.shape[0], dtype=self.dtype)
+        logits, weight = self._buffer[: rows.shape[0]], self.weight.t()
+        if self.widens and rows.dtype != self.dtype:
+            torch.mm(rows, weight, out_dtype=self.dtype, out=logits)
+        elif self.bias is not None:
+            return torch.addmm(self.bias.to(self.dtype), rows, weight, out=logits)
+        else:
+            return torch.mm(rows, weight, out=logits)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def release(self) -> "LinearHead":
+        """Lets the logits' buffer go."""
+        self._buffer = None
+        return self
+
+    def stats(self, logits: Tensor, targets: Tensor, index: Tensor | slice) -> VocabStats:
+        """`vocab_stats` of one chunk."""
+        temperature = self.row_temperatures(index)
+        return VocabStats(*torch.ops.cosmo_fast.vocab_stats(logits, targets, temperature, self.softcap))
+
+
+class HeadGradient:
+    """Sums the gradients by hidden, weight and bias over chunks: dW and db in fp32 (fp64) once there are several."""
+
+    def __init__(self, head: LinearHead, needs: tuple[bool, bool, bool], chunks: int):
+        """needs: which of hidden, weight and bias want a gradient. chunks: how often `add` will be called."""
+        self.head, self.needs, self.single = head, needs, chunks == 1
+        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        self.hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = None if self.single or not needs[1] else torch.zeros_like(head.weight, dtype=wide)
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
+
+    def add(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        index: Tensor | slice,
+        targets: Tensor,
+        stats: VocabStats,
+        c_logp: Tensor,
+        c_entropy: Tensor | None,
+    ) -> None:
+        """One chunk, two GEMMs over the rows that have a coefficient; `logits` are overwritten.
+
+        index: where the chunk's rows lie in hidden. All vectors and `rows` (n, d) are the chunk's.
+        """
+        keep = c_logp != 0 if c_entropy is None else (c_logp != 0) | (c_entropy != 0)
+        slots = compacting_rows(keep)
+        if slots is not None and not slots.numel():
+            return
+        temperature = self.head.row_temperatures(index)
+        dz = vocab_grad_(
+            logits, targets, stats, c_logp, c_entropy, rows=slots, temperature=temperature, softcap=self.head.softcap
+        )
+        if slots is not None:
+            rows = rows[slots]
+            index = slots + index.start if isinstance(index, slice) else index[slots]
+        if self.bias is not None:
+            self.bias += dz.sum(0, dtype=self.bias.dtype)
+        dz = dz.to(rows.dtype)
+        if self.hidden is not None:
+            if isinstance(index, slice) and dz.dtype == self.hidden.dtype:
+                torch.mm(dz, self.head.weight, out=self.hidden[index])
+            else:
+                self.hidden[index] = torch.mm(dz, self.head.weight).to(self.hidden.dtype)
+        if not self.needs[1]:
+            return
+        if self.single:
+            self.weight = torch.mm(dz.t(), rows)
+        elif dz.dtype == self.weight.dtype:
+            self.weight.addmm_(dz.t(), rows)
+        elif dz.device.type == "cuda":
+            torch.addmm(self.weight, dz.t(), rows, out_dtype=self.weight.dtype, out=self.weight)
+        else:
+            self.weight += torch.mm(dz.t(), rows)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients by hidden, weight and bias in the parameters' dtype; None where none is wanted."""
+        if self.needs[1] and self.weight is None:  # no row had a coefficient
+            self.weight = torch.zeros_like(self.head.weight)
+        dtype = self.head.parameter_dtype
+        return self.hidden, *(None if g is None else g.to(dtype) for g in (self.weight, self.bias))
+
+
+def compacting_rows(keep: Tensor) -> Tensor | None:
+    """Slots for the kept rows at the front: (f,) int64 input row of each output row; None if all n rows are kept.
+
+    Kept rows among the first f stay where they are, the others fill the holes, so rows move in place and in parallel.
+    """
+    kept = int(keep.sum())
+    if kept == keep.shape[0]:
+        return None
+    slots = torch.arange(kept, device=keep.device)
+    slots[~keep[:kept]] = keep[kept:].nonzero()[:, 0] + kept
+    return slots
+
+
+class HandOut(torch.autograd.Function):
+    """Ties gradients that were made in the forward to a scalar; the backward multiplies them by what comes in."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, loss, gradients):
+        """loss: the scalar to return. gradients: by hidden, weight and bias, None where none is wanted."""
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, incoming):
+        """Scales in place and lets go, unless the graph is kept for a second backward."""
+        gradients = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return *(None if g is None else g * incoming.to(g.dtype) for g in gradients), None, None
+        ctx.gradients = None
+        # On a CPU reading the scalar is free, and it is 1 in most calls; on a GPU it would be a host sync.
+        if incoming.device.type != "cpu" or incoming != 1:
+            for g in gradients:
+                if g is not None:
+                    g.mul_(incoming.to(g.dtype))
+        return *gradients, None, None

@@ -1,0 +1,155 @@
+"""The layout of one packed micro-batch: ``[all prompts | all responses]``, no padding, every image once.
+
+A prompt and its pictures stand in the batch once for all of its responses. Boundaries, picture slots and positions are
+decided here, on the host, from what the encoder knows; nothing later looks for special tokens or infers a boundary
+from positions, so a picture token that a policy samples is a token like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmo_fast import _host
+from cosmo_fast.ops.prefix_attention import Segments
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture inside a prompt. ``offset``: row of its first feature in the prompt; ``thw``: grid after the merge."""
+
+    key: str
+    offset: int
+    thw: tuple[int, int, int]
+
+    @property
+    def rows(self) -> int:
+        return self.thw[0] * self.thw[1] * self.thw[2]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """An encoded prompt. ``ids`` (P,) int64 with one id for every vision feature; ``columns`` are the row's own."""
+
+    ids: np.ndarray
+    media: tuple[Media, ...]
+    columns: dict[str, Any]
+    text: str
+    source: str
+
+
+def _starts(lengths: np.ndarray, base: int = 0) -> np.ndarray:
+    return base + np.cumsum(lengths) - lengths
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenated ``arange(start, start + length)``."""
+    total = int(lengths.sum())
+    return np.repeat(starts - _starts(lengths), lengths) + np.arange(total)
+
+
+class Plan:
+    """Integers of one micro-batch of ``g`` prompts and ``n`` responses, ``T`` tokens in all.
+
+    Attributes (numpy on the host; :meth:`tensor` gives a cached torch copy on a device):
+        tokens (T,): ids, all prompts first, then the responses in the order of their prompts.
+        positions (3, T): rotary positions by the Qwen2-VL rule; the three axes are equal for text.
+        prompt_lengths (g,), response_lengths (n,), response_prompt (n,): the prompt that a response answers.
+        next_position (g,): the first position after each prompt.
+        media: the distinct pictures, in the order in which their features are concatenated.
+        image_rows (m,), feature_rows (m,): token row and feature row of every vision token.
+        label_rows (N,), targets (N,), sequence (N,): the token row whose hidden state predicts each response
+            token, the token, and the index of its response.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+
+    def __init__(self, prompts: list[Prompt], responses: list[list[np.ndarray]] | None = None):
+        responses = responses if responses is not None else [[] for _ in prompts]
+        assert len(prompts) == len(responses)
+        for prompt in prompts:
+            if len(prompt.ids) == 0:
+                raise ValueError(f"{prompt.source}: the prompt has no tokens; a packed prompt needs at least one")
+        flat = [np.asarray(r, dtype=np.int64) for group in responses for r in group]
+        self.prompts = prompts
+        self.prompt_lengths = np.array([len(p.ids) for p in prompts], dtype=np.int64)
+        self.response_lengths = np.array([len(r) for r in flat], dtype=np.int64)
+        self.response_prompt = np.repeat(np.arange(len(prompts)), [len(group) for group in responses]).astype(np.int64)
+        self.tokens = np.concatenate([p.ids for p in prompts] + flat).astype(np.int64)
+        self.prompt_starts = _starts(self.prompt_lengths)
+        self.prompt_tokens = int(self.prompt_lengths.sum())
+        self.response_starts = _starts(self.response_lengths, self.prompt_tokens)
+        self._place_media()
+        self._place_labels()
+        self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def _place_media(self) -> None:
+        media = [(i, m) for i, prompt in enumerate(self.prompts) for m in prompt.media]
+        prompt_positions, self.next_position = _host.mrope_positions(
+            self.prompt_lengths,
+            np.array([i for i, _ in media], dtype=np.int64),
+            np.array([m.offset for _, m in media], dtype=np.int64),
+            np.array([m.thw for _, m in media], dtype=np.int64).reshape(-1, 3),
+        )
+        response_positions = _ranges(self.next_position[self.response_prompt], self.response_lengths)
+        self.positions = np.concatenate(
+            [prompt_positions, np.broadcast_to(response_positions, (3, len(response_positions)))], 1
+        )
+        distinct: dict[str, tuple[int, Media]] = {}
+        rows = 0
+        for _, m in media:
+            if m.key not in distinct:
+                distinct[m.key] = (rows, m)
+                rows += m.rows
+        self.media = [m for _, m in distinct.values()]
+        lengths = np.array([m.rows for _, m in media], dtype=np.int64)
+        self.image_rows = _ranges(
+            np.array([self.prompt_starts[i] + m.offset for i, m in media], dtype=np.int64), lengths
+        )
+        self.feature_rows = _ranges(np.array([distinct[m.key][0] for _, m in media], dtype=np.int64), lengths)
+
+    def _place_labels(self) -> None:
+        rows = _ranges(self.response_starts - 1, self.response_lengths)
+        filled = self.response_lengths > 0
+        first = _starts(self.response_lengths)[filled]
+        last_of_prompt = self.prompt_starts + self.prompt_lengths - 1
+        rows[first] = last_of_prompt[self.response_prompt[filled]]
+        self.label_rows = rows
+        self.targets = self.tokens[self.prompt_tokens :]
+        self.sequence = np.repeat(np.arange(len(self.response_lengths)), self.response_lengths)
+
+    @cached_property
+    def hash(self) -> str:
+        """Digest of every integer of the plan: equal plans lay a batch out alike."""
+        digest = hashlib.sha256()
+        for name in (
+            "tokens",
+            "positions",
+            "prompt_lengths",
+            "response_lengths",
+            "response_prompt",
+            "image_rows",
+            "feature_rows",
+        ):
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The part of the plan that :func:`cosmo_fast.ops.prefix_attention` reads."""
+        return Segments(
+            self.prompt_starts, self.prompt_lengths, self.response_starts, self.response_lengths, self.response_prompt
+        )
+
+    def tensor(self, name: str, device: torch.device | str) -> torch.Tensor:
+        """The attribute ``name`` as an int64 tensor on ``device``; made once."""
+        key = (name, torch.device(device))
+        if key not in self._tensors:
+            self._tensors[key] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
+        return self._tensors[key]

@@ -1,0 +1,18 @@
+"""Rewards with TRL's signature, f(prompts, completions, **columns) -> list[float | None], and their mix by label."""
+
+from cosmo_fast.rewards.columns import RewardError
+from cosmo_fast.rewards.format import answer_text
+from cosmo_fast.rewards.mix import M3_RECIPES, REWARDS, MixedRewards, RewardMix, resolve
+from cosmo_fast.rewards.safety import JUDGES, SAFETY_REWARD
+
+__all__ = [
+    "JUDGES",
+    "M3_RECIPES",
+    "REWARDS",
+    "SAFETY_REWARD",
+    "MixedRewards",
+    "RewardError",
+    "RewardMix",
+    "answer_text",
+    "resolve",
+]

@@ -1,0 +1,201 @@
+"""Which rewards a sample gets: its label names a recipe, a recipe is {reward: weight}."""
+
+import asyncio
+import importlib
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cosmo_fast.rewards.accuracy import accuracy
+from cosmo_fast.rewards.columns import RewardError, columns_of, row_name
+from cosmo_fast.rewards.format import format_reward
+from cosmo_fast.rewards.safety import helpful, safety
+
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+
+REWARDS: dict[str, RewardFunction] = {
+    "format": format_reward,
+    "accuracy": accuracy,
+    "safety": safety,
+    "helpful": helpful,
+}
+
+# The group's public M3-RL table, restricted to the rewards that exist here.
+M3_RECIPES: dict[str, dict[str, float]] = {
+    "safety": {"safety": 1.0},
+    "normal": {"helpful": 1.0},
+    "general_rule": {"accuracy": 1.0},
+    "knowledge_rule": {"accuracy": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class MixedRewards:
+    """total: (S,) float32. matrix: (S, R) float32, unweighted, NaN = does not apply. names: the R columns."""
+
+    total: torch.Tensor
+    matrix: torch.Tensor
+    names: tuple[str, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """reward, reward_std, and rewards/<name>/mean|std over the samples that the reward applies to, if any."""
+        result = {"reward": self.total.mean().item(), "reward_std": self.total.std(correction=0).item()}
+        for name, column in zip(self.names, self.matrix.unbind(1), strict=True):
+            values = column[~column.isnan()]
+            if len(values):
+                result[f"rewards/{name}/mean"] = values.mean().item()
+                result[f"rewards/{name}/std"] = values.std(correction=0).item()
+        return result
+
+
+class RewardMix:
+    """R = format_weight * R_format + sum of w * r over the recipe of the sample's label.
+
+    recipes: {label: {reward: weight}}; "*" serves rows whose label has no recipe of its own, and rows without a label.
+    A reward is a name in `rewards` or REWARDS, or a dotted path ("module:function", "module.function").
+    rewards: further rewards, {name: callable or dotted path}, each f(prompts, completions, **columns) -> list of floats
+    or None (does not apply), sync or async. A reward sees the samples whose recipe names it and no others.
+    """
+
+    def __init__(
+        self,
+        recipes: Mapping[str, Mapping[str, float]] | None = None,
+        *,
+        format_weight: float = 1.0,
+        rewards: Mapping[str, RewardFunction | str] | None = None,
+    ):
+        own = {name: resolve(value) for name, value in (rewards or {}).items()}
+        self.recipes = {label: dict(recipe) for label, recipe in (M3_RECIPES if recipes is None else recipes).items()}
+        self.format_weight = format_weight
+        self.functions: dict[str, RewardFunction] = {}
+        if format_weight:
+            _check_weight("format_weight", format_weight)
+            self.functions["format"] = own.get("format", format_reward)
+        for label, recipe in self.recipes.items():
+            for name, weight in recipe.items():
+                if name == "format" and format_weight:
+                    raise ValueError(f"label {label!r} names 'format', which format_weight={format_weight} adds to all")
+                _check_weight(f"weight of {name!r} in label {label!r}", weight)
+                self.functions[name] = own[name] if name in own else resolve(name)
+        if unused := own.keys() - self.functions.keys():
+            raise ValueError(f"rewards {sorted(unused)} are given but no label's recipe uses them")
+
+    def __call__(
+        self, prompts: Sequence, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> MixedRewards:
+        """Rewards of S samples. prompts, completions (decoded, without special tokens) and rows (columns): S each.
+
+        Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails, returns
+        another length, or a value that is not finite, and a row to which no reward applies.
+        """
+        if not len(prompts) == len(completions) == len(rows):
+            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(rows)} rows: want equal")
+        recipes = [self.recipe(row, index) for index, row in enumerate(rows)]
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        matrix = torch.full((len(rows), len(self.functions)), float("nan"), dtype=torch.float64)
+        for column, (name, function) in enumerate(self.functions.items()):
+            chosen = [index for index, recipe in enumerate(recipes) if name in recipe]
+            if not chosen:
+                continue
+            samples = [(index, prompts[index], completions[index], rows[index]) for index in chosen]
+            values = _call(name, function, samples)
+            for index, value in zip(chosen, values, strict=True):
+                if value is not None:
+                    matrix[index, column] = value
+                    total[index] += recipes[index][name] * value
+        own = [column for column, name in enumerate(self.functions) if not (name == "format" and self.format_weight)]
+        for index in torch.nonzero(matrix[:, own].isnan().all(1)).flatten().tolist():
+            if recipes[index].keys() != {"format"}:  # all abstain: the sample would be trained on its format alone
+                raise RewardError(f"no reward of {recipes[index]} applies to {row_name(rows[index], index)}")
+        return MixedRewards(total.float(), matrix.float(), tuple(self.functions))
+
+    def recipe(self, row: Mapping[str, Any], index: int = 0) -> dict[str, float]:
+        """{reward: weight} of one row, format included; RewardError for a label without a recipe."""
+        label = row.get("label")
+        recipe = self.recipes.get(label, self.recipes.get("*")) if label is not None else self.recipes.get("*")
+        if recipe is None:
+            what = "has no label" if label is None else "has a label without a recipe"
+            known = ", ".join(map(repr, self.recipes))
+            raise RewardError(f"{row_name(row, index)} {what}; there are {known}; '*' would serve all others")
+        return {"format": self.format_weight, **recipe} if self.format_weight else recipe
+
+
+def resolve(reward: RewardFunction | str) -> RewardFunction:
+    """A registered name, a dotted path or a callable -> the function; ValueError says what is missing."""
+    if callable(reward):
+        return reward
+    if not isinstance(reward, str):
+        raise ValueError(f"a reward is a name, a dotted path or a callable, not {reward!r}")
+    if reward in REWARDS:
+        return REWARDS[reward]
+    module, _, name = reward.partition(":") if ":" in reward else reward.rpartition(".")
+    if not module or not name:
+        raise ValueError(f"unknown reward {reward!r}; known: {', '.join(REWARDS)}, or a path like 'module:function'")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"reward {reward!r}: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
+    if not callable(function):
+        raise ValueError(f"reward {reward!r}: module {module!r} has no function {name!r}")
+    return function
+
+
+def _check_weight(what: str, weight: Any) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"{what} must be a finite number, not {weight!r}")
+
+
+_Sample = tuple[int, Any, str, Mapping[str, Any]]  # place in the batch, prompt, completion, columns
+
+
+def _run(function: RewardFunction, samples: Sequence[_Sample]) -> Sequence[float | None]:
+    _, prompts, completions, rows = zip(*samples, strict=True)
+    result = function(list(prompts), list(completions), **columns_of(rows))
+    return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+
+
+async def _wait(result: Awaitable) -> Any:
+    return await result
+
+
+def _call(name: str, function: RewardFunction, samples: Sequence[_Sample]) -> list[float | None]:
+    """One reward over its samples, its faults told by reward and row."""
+    if collision := {"prompts", "completions"} & {name for *_, row in samples for name in row}:
+        raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
+    try:
+        values = _run(function, samples)
+    except Exception as error:
+        what = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        raise RewardError(f"reward {name!r} failed on {_first_failing(function, samples)}: {what}") from error
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+        raise RewardError(f"reward {name!r} returned a {type(values).__name__}, not a list of {len(samples)} values")
+    if len(values) != len(samples):
+        raise RewardError(f"reward {name!r} returned {len(values)} values for {len(samples)} samples")
+    return [_number(name, value, sample) for value, sample in zip(values, samples, strict=True)]
+
+
+def _number(name: str, value: Any, sample: _Sample) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        where = row_name(sample[3], sample[0])
+        raise RewardError(f"reward {name!r} gave {value!r} for {where}: want a finite number, or None to abstain")
+    return number
+
+
+def _first_failing(function: RewardFunction, samples: Sequence[_Sample]) -> str:
+    """Which row a reward fails on, found by asking for one sample at a time."""
+    for sample in samples:
+        try:
+            _run(function, [sample])
+        except Exception:
+            return row_name(sample[3], sample[0])
+    return f"a batch of {len(samples)} rows each of which passes alone"

@@ -1,0 +1,30 @@
+"""Supervised fine-tuning: cross-entropy over the whole target, packed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cosmo_fast.data.mixture import Mixture
+from cosmo_fast.objectives import sft
+from cosmo_fast.plan import Prompt
+from cosmo_fast.stages.base import Context, Group, accumulate
+
+
+class SFTStage:
+    """``per_device_train_batch_size × gradient_accumulation_steps`` rows a step, mean over their tokens."""
+
+    def __init__(self, context: Context, mixture: Mixture[tuple[Prompt, np.ndarray]]):
+        self.context, self.mixture = context, mixture
+
+    def step(self, step: int) -> dict[str, float]:
+        """Accumulates the gradient of step ``step``; returns its metrics."""
+        stage = self.context.stage
+        rows = self.mixture.draw(stage.per_device_train_batch_size * stage.gradient_accumulation_steps)
+        tokens = sum(len(target) for _, target in rows)
+        groups = [Group(prompt, [target], [np.full(len(target), 1 / tokens)]) for prompt, target in rows]
+        loss, metrics, _ = accumulate(self.context, groups, sft())
+        return {"loss": loss, "entropy": metrics["entropy"], "tokens": sum(g.tokens for g in groups)}
+
+    def samples(self) -> list:
+        """Supervised steps sample nothing."""
+        return []

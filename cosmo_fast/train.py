@@ -1,0 +1,70 @@
+"""``python -m cosmo_fast.train --config RECIPE [--key.sub value ...] [--dry-run]``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import yaml
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains a recipe; returns the exit status. What a user can mend is printed as one message, without a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cosmo_fast.train",
+        description="Train a recipe: a YAML file or the name of a shipped one. Any setting: --key.sub value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="recipe file, or a shipped recipe such as demo")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
+    known, overrides = parser.parse_known_args(arguments)
+    from cosmo_fast.config import load_config
+    from cosmo_fast.trainer import Trainer
+
+    try:
+        trainer = Trainer(load_config(known.config, overrides))
+        if known.dry_run:
+            describe(trainer)
+            return 0
+        trainer.train()
+    except (ValueError, MemoryError, FloatingPointError) as error:
+        if os.environ.get("COSMO_FAST_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(trainer) -> None:
+    """Prints the resolved config, the batch arithmetic of every stage and the first rendered prompt."""
+    config = trainer.config
+    print("# resolved config")
+    print(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False).rstrip())
+    for stage in config.stages:
+        rows = {name: len(items) for name, (items, _) in trainer.data[stage.name].items()}
+        updates = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+        print(f"\n# stage {stage.name} ({stage.kind}): {stage.max_steps} optimiser steps")
+        for name, count in rows.items():
+            print(f"  rows                        {count} in {name}")
+        if stage.kind == "sft":
+            print(f"  rows an optimiser step      {updates}")
+            print(f"  epochs                      {stage.max_steps * updates / sum(rows.values()):.2f}")
+            continue
+        print(f"  completions a rollout       {stage.completions_per_rollout}")
+        print(f"  prompts a rollout           {stage.completions_per_rollout // stage.num_generations}")
+        print(f"  generations a prompt        {stage.num_generations}")
+        print(f"  optimiser steps a rollout   {stage.updates_per_rollout}")
+        print(f"  completions a step          {updates}")
+        print(f"  rollouts                    {stage.max_steps // stage.updates_per_rollout}")
+    parameters = sum(p.numel() for p in trainer.policy.model.parameters())
+    first = next(iter(trainer.data[config.stages[0].name].values()))[0][0]
+    prompt = first[0] if config.stages[0].kind == "sft" else first
+    print(f"\n# model: {parameters:,} parameters; micro-batches of at most {config.max_tokens_per_batch} tokens")
+    vision = sum(m.rows for m in prompt.media)
+    print(f"\n# first prompt ({len(prompt.ids)} tokens, {vision} of them vision; {prompt.source})")
+    print(prompt.text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

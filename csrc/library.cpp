@@ -1,0 +1,11 @@
+// The schemas of every tensor op of cosmo_fast, once. Implementations register themselves by device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(cosmo_fast, m) {
+  m.def(
+      "vocab_stats(Tensor logits, Tensor targets, Tensor? temperature, float softcap) -> (Tensor logp, Tensor entropy, "
+      "Tensor other_max, Tensor other_sum)");
+  m.def(
+      "vocab_grad_(Tensor(a!) logits, Tensor? rows, Tensor targets, Tensor logp, Tensor entropy, Tensor other_max, "
+      "Tensor other_sum, Tensor c_logp, Tensor? c_entropy, Tensor? temperature, float softcap) -> ()");
+}

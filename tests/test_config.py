@@ -1,0 +1,106 @@
+"""Recipes: flags win, stages go by name, and every mistake is one message that names the key and the value."""
+
+import pytest
+import yaml
+
+from cosmo_fast.config import RECIPES, ConfigError, load_config
+
+RECIPE = {
+    "output_dir": "runs/x",
+    "model_name_or_path": "model",
+    "stages": [
+        {"name": "cold", "kind": "sft", "train_dataset": "a.jsonl", "max_steps": 5},
+        {
+            "name": "rl",
+            "kind": "rl",
+            "train_dataset": {"a.jsonl": 1, "b.jsonl": 2},
+            "max_steps": 8,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "num_generations": 8,
+            "num_iterations": 2,
+        },
+    ],
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+def test_flags_win_over_the_file_and_reach_a_stage_by_its_name(recipe):
+    config = load_config(recipe, ["--seed", "3", "--stages.rl.learning_rate=1e-4", "--stages.rl.max_steps", "12"])
+    assert (config.seed, config.stages[1].learning_rate, config.stages[1].max_steps) == (3, 1e-4, 12)
+
+
+def test_batch_arithmetic_is_trls(recipe):
+    stage = load_config(recipe).stages[1]
+    assert stage.completions_per_rollout == 64
+    assert stage.updates_per_rollout == 4  # 4 micro-steps / 2 accumulated × 2 iterations
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_every_shipped_recipe_is_valid(name):
+    load_config(name)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sead", "1"], r"unknown setting 'sead'; did you mean 'seed'\?"),
+        (
+            ["--stages.rl.clip_ratio_low", "0.1"],
+            r"unknown setting 'stages.rl.clip_ratio_low'; did you mean 'epsilon'\?",
+        ),
+        (["--stages.rl.lr", "0.1"], "did you mean 'learning_rate'"),
+        (["--stages.warm.max_steps", "1"], "no stage is named 'warm'; stages: cold, rl"),
+        (["--stages.rl", "1"], "name a stage and a setting"),
+        (["--output_dir.x", "1"], "'output_dir' is a single value"),
+        (["--seed", "many"], "seed: .*got 'many'"),
+        (["--seed"], "--seed needs a value"),
+        (["seed", "1"], "unexpected argument 'seed'"),
+        (["--stages.rl.num_generations", "7"], "64 completions a rollout is not a multiple of num_generations=7"),
+        (
+            ["--stages.rl.steps_per_generation", "3"],
+            "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2",
+        ),
+        (["--stages.rl.max_steps", "6"], "max_steps=6 is not a multiple of the 4 optimiser steps of a rollout"),
+        (["--stages.rl.loss_type", "ppo"], "stages.rl.loss_type: .*'grpo' or 'cpgd'.*got 'ppo'"),
+        (["--stages.rl.temperature", "0"], "stages.rl.temperature: .*greater than 0.*got 0"),
+        (["--stages.cold.epsilon", "0.1"], "epsilon: a setting of rl stages, but stage 'cold' is kind: sft"),
+        (["--stages.cold.name", "rl"], "twice"),
+        (["--stages.rl.learning_rate", "-1"], "stages.rl.learning_rate: .*greater than 0"),
+    ],
+)
+def test_a_mistake_is_named(recipe, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, flags)
+
+
+def test_a_group_may_not_be_cut_by_an_optimiser_step(recipe):
+    with pytest.raises(ConfigError, match="4 completions an optimiser step is not a multiple of num_generations=8"):
+        load_config(
+            recipe,
+            [
+                "--stages.rl.per_device_train_batch_size=4",
+                "--stages.rl.gradient_accumulation_steps=1",
+                "--stages.rl.max_steps=8",
+            ],
+        )
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(ConfigError, match="'nosuch' is neither a file nor a shipped recipe .*demo"):
+        load_config("nosuch")
+
+
+@pytest.mark.parametrize("text, message", [("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping")])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))

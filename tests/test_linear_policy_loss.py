@@ -1,0 +1,462 @@
+"""The loss engine against fp64 autograd; the same body runs on the CPU, on a GPU and under Triton's interpreter."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cosmo_fast.ops.linear_head as linear_head
+from cosmo_fast.objectives import Objective, TokenBatch, cpgd, grpo, sft
+from cosmo_fast.ops import linear_logprobs, linear_logprobs_reference, linear_policy_loss, vocab_stats
+from cosmo_fast.ops.linear_policy_loss import linear_policy_loss_reference
+from cosmo_fast.ops.vocab_stats import vocab_grad_, vocab_stats_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+if INTERPRETED:  # the Triton twins take the C++ kernels' place, so that everything below runs through them
+    from cosmo_fast.kernels import vocab_stats as twins
+
+    _library = torch.library.Library("cosmo_fast", "IMPL")
+    _library.impl("vocab_stats", twins.vocab_stats, "CPU", allow_override=True)
+    _library.impl("vocab_grad_", twins.vocab_grad_, "CPU", allow_override=True)
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
+
+OBJECTIVES = {
+    "sft": sft(),
+    "grpo": grpo(beta=0.1, entropy_coef=0.05),
+    "gspo": grpo(importance_sampling_level="sequence", beta=0.1, kl="k2"),
+    "cpgd": cpgd(beta=0.1, kl="k1", entropy_coef=0.05),
+    "entropy": Objective("entropy", lambda logp, entropy, batch: (-entropy, {})),
+}
+
+
+def _case(n=23, d=8, v=37, dtype=torch.float64, seed=0, masked=0.3, scale=1.0):
+    """hidden, weight, bias (leaves) and a batch of 4 sequences, some tokens masked; a policy near the old one."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(DEVICE, dtype).requires_grad_()
+
+    hidden, weight, bias = leaf(n, d), leaf(v, d), leaf(v)
+    targets = torch.randint(0, v, (n,), generator=g).to(DEVICE)
+    keep = (torch.rand(n, generator=g) >= masked).to(DEVICE)
+    sequence = torch.arange(n, device=DEVICE) * 4 // max(n, 1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        logp, _ = linear_logprobs_reference(hidden.double(), weight.double(), targets, bias=bias.double())
+    noise = [0.3 * torch.randn(n, generator=g, dtype=torch.float64).to(DEVICE) for _ in range(3)]
+    batch = TokenBatch(
+        targets,
+        (torch.rand(n, generator=g).to(DEVICE) + 0.1) * keep / max(n, 1),
+        sequence,
+        (noise[0] * 3).to(wide),
+        (logp + noise[1]).to(wide),
+        (logp + noise[2]).to(wide),
+    )
+    return hidden, weight, bias, batch
+
+
+def _grads(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def _assert_near(got, expected, tolerance=1e-12):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0))
+
+
+class Flops(TorchDispatchMode):
+    """Multiply-adds of every matrix product, in units of one n·v·d product."""
+
+    def __init__(self, n, v, d):
+        super().__init__()
+        self.unit, self.total, self.gemms = n * v * d, 0.0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Counts and passes on."""
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:] if name == "mm" else args[1:3]
+            self.total += a.shape[0] * a.shape[1] * b.shape[1] / self.unit
+            self.gemms += 1
+        return func(*args, **(kwargs or {}))
+
+
+# --- against fp64 ---
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 7, 4096])
+@pytest.mark.parametrize("options", ["plain", "temperature", "per row and cap"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradients_equal_the_reference(name, options, chunk_rows):
+    hidden, weight, bias, batch = _case()
+    rows = torch.rand(len(batch), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE) + 0.5
+    how = {
+        "plain": {},
+        "temperature": {"temperature": 0.7},
+        "per row and cap": {"temperature": rows, "logit_softcap": 3.0},
+    }[options]
+    output = linear_policy_loss(hidden, weight, batch, OBJECTIVES[name], bias=bias, chunk_rows=chunk_rows, **how)
+    reference = linear_policy_loss_reference(hidden, weight, batch, OBJECTIVES[name], bias=bias, **how)
+    _assert_near([output.loss], [reference])
+    _assert_near(_grads(output.loss, hidden, weight, bias), _grads(reference, hidden, weight, bias))
+    expected = linear_logprobs_reference(hidden, weight, batch.targets, bias=bias, **how)
+    _assert_near((output.logp, output.entropy), [x.detach() * (batch.weight != 0) for x in expected])
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "objective",
+    [sft(), *(grpo(beta=0.1, kl=k, entropy_coef=0.1) for k in ("k1", "k2", "k3"))]
+    + [grpo(importance_sampling_level="sequence"), cpgd(alpha=0.0, beta=0.1), OBJECTIVES["entropy"]],
+    ids=["sft", "k1", "k2", "k3", "gspo", "cpgd", "entropy"],
+)
+def test_gradcheck(objective):
+    hidden, weight, bias, batch = _case(n=6, d=3, v=5)
+    batch.old_logp = linear_logprobs(hidden, weight, batch.targets, bias=bias)[0].detach() + 0.05  # off the kinks
+
+    def loss(h, w, b):
+        return linear_policy_loss(h, w, batch, objective, bias=b, chunk_rows=4).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@compiled_only
+def test_logprobs_gradcheck_in_any_graph():
+    hidden, weight, bias, batch = _case(n=6, d=3, v=5)
+
+    def graph(h, w, b):
+        logp, entropy = linear_logprobs(h, w, batch.targets, bias=b, chunk_rows=4, temperature=0.8, logit_softcap=4.0)
+        return (logp.exp() * entropy).sum() + logp[2] ** 2
+
+    assert torch.autograd.gradcheck(graph, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_no_larger_than_those_of_eager_pytorch(dtype, chunks):
+    n, d, v = (24, 16, 200) if INTERPRETED else (256, 64, 3000)
+    hidden, weight, _, batch = _case(n, d, v, dtype, scale=0.5)
+    objective = grpo(entropy_coef=0.05, epsilon=5.0 if dtype == torch.bfloat16 else 0.2)
+
+    def run(h, w, b, function, **options):
+        h, w = (x.detach().clone().requires_grad_() for x in (h, w))
+        result = function(h, w, b, objective, **options)
+        loss = getattr(result, "loss", result)
+        return [loss.detach(), *_grads(loss, h, w)]
+
+    wide = TokenBatch(*(x.double() if x.is_floating_point() else x for x in vars(batch).values()))
+    truth = run(hidden.double(), weight.double(), wide, linear_policy_loss_reference)
+    eager = run(hidden, weight, batch, linear_policy_loss_reference)
+    ours = run(hidden, weight, batch, linear_policy_loss, chunk_rows=-(-n // chunks))
+    for k, (a, b, t) in enumerate(zip(ours, eager, truth, strict=True)):
+        ours_error, eager_error = ((x.double() - t).norm().item() for x in (a, b))
+        # No product of bf16 with an fp32 result on a CPU: each chunk's dW is rounded before it is added.
+        slack = 1.5 if k == 2 and chunks > 1 and dtype == torch.bfloat16 and DEVICE == "cpu" else 1.1
+        floor = 2 * torch.finfo(torch.float32).eps * t.norm().item() if k == 0 else 0.0  # one scalar: luck, not skill
+        assert ours_error <= slack * eager_error + floor, (k, ours_error, eager_error)
+
+
+def test_logp_and_entropy_are_no_worse_than_eager_on_the_same_logits():
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (3 * torch.randn(64, 1001, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype)
+        targets = torch.arange(64, device=DEVICE)
+        truth = vocab_stats_reference(logits.double(), targets)
+        for a, b, t in zip(vocab_stats(logits, targets), vocab_stats_reference(logits, targets), truth, strict=False):
+            assert (a - t).norm() <= 1.1 * (b - t).norm()
+
+
+def test_an_fp32_head_removes_the_rounding_of_bf16_logits():
+    hidden, weight, _, batch = _case(16, 32, 300, torch.bfloat16)
+    truth, _ = linear_logprobs_reference(hidden.double(), weight.double(), batch.targets)
+    rounded, _ = linear_logprobs(hidden, weight, batch.targets)
+    exact, _ = linear_logprobs(hidden, weight, batch.targets, logits_dtype=torch.float32)
+    assert (exact - truth).abs().max() < 1e-4 < (rounded - truth).abs().max()
+    output = linear_policy_loss(hidden, weight, batch, sft(), logits_dtype=torch.float32, chunk_rows=5)
+    assert [g.dtype for g in _grads(output.loss, hidden, weight)] == [torch.bfloat16] * 2
+
+
+def test_confident_tokens_keep_their_log_probability_and_gradient():
+    logits = torch.zeros(3, 5, device=DEVICE)
+    logits[:, 2] = torch.tensor([12.0, 25.0, 60.0], device=DEVICE)
+    targets = torch.full((3,), 2, device=DEVICE)
+    stats = vocab_stats(logits, targets)
+    other = 4 * torch.exp(-logits[:, 2].double())  # 1 - p = x / (1 + x)
+    torch.testing.assert_close(stats.logp.double(), -torch.log1p(other), rtol=1e-6, atol=0)
+    gradient = vocab_grad_(logits.clone(), targets, stats, torch.ones(3, device=DEVICE))
+    torch.testing.assert_close(gradient[:, 2].double(), other / (1 + other), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[:, 0].double(), -other / (1 + other) / 4, rtol=1e-6, atol=0)
+
+
+# --- how much is computed ---
+
+
+@pytest.mark.parametrize("chunk_rows", [6, 4096])
+def test_three_gemms_two_with_a_frozen_head_one_without_gradient(chunk_rows):
+    hidden, weight, bias, batch = _case(24, masked=0.0)
+    for grads, expected in ((("h", "w"), 3), (("h",), 2), (("w",), 2), ((), 1)):
+        h = hidden.detach().requires_grad_("h" in grads)
+        w = weight.detach().requires_grad_("w" in grads)
+        with Flops(24, 37, 8) as count:
+            loss = linear_policy_loss(h, w, batch, OBJECTIVES["grpo"], chunk_rows=chunk_rows).loss
+            if grads:
+                loss.backward()
+        assert count.total == pytest.approx(expected)
+
+
+def test_sequence_objectives_pay_a_gemm_more_only_when_a_sequence_exceeds_a_chunk():
+    hidden, weight, _, batch = _case(24, masked=0.0)  # sequences of 6
+    for chunk_rows, expected in ((6, 3), (13, 3), (5, 4)):
+        with Flops(24, 37, 8) as count:
+            linear_policy_loss(hidden, weight, batch, OBJECTIVES["gspo"], chunk_rows=chunk_rows).loss.backward()
+        assert count.total == pytest.approx(expected)
+
+
+def test_logprobs_cost_one_gemm_and_four_with_gradients():
+    hidden, weight, _, batch = _case(24)
+    with Flops(24, 37, 8) as count, torch.no_grad():
+        linear_logprobs(hidden, weight, batch.targets, chunk_rows=7)
+    assert count.total == pytest.approx(1)
+    with Flops(24, 37, 8) as count:
+        linear_logprobs(hidden, weight, batch.targets, chunk_rows=7)[0].sum().backward()
+    assert count.total == pytest.approx(4)
+
+
+def test_rows_without_a_coefficient_cost_one_gemm_and_change_only_the_rounding(monkeypatch):
+    hidden, weight, bias, batch = _case(24, masked=0.0)
+    batch.advantage[::2] = 0.0
+    results = []
+    for drop in (True, False):
+        if not drop:
+            monkeypatch.setattr(linear_head, "compacting_rows", lambda keep: None)
+        with Flops(24, 37, 8) as count:
+            output = linear_policy_loss(hidden, weight, batch, grpo(), bias=bias)
+            results.append((output, _grads(output.loss, hidden, weight, bias)))
+        assert count.total == pytest.approx(2 if drop else 3)
+    (kept, kept_grads), (whole, whole_grads) = results
+    assert torch.equal(kept.loss, whole.loss) and torch.equal(kept.logp, whole.logp)
+    _assert_near(kept_grads, whole_grads, 1e-14)
+
+
+# --- masks and poison ---
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nothing_under_the_mask_reaches_anything(name):
+    clean, poisoned = (_case(masked=0.4) for _ in range(2))
+    hidden, weight, bias, batch = poisoned
+    under = batch.weight == 0
+    with torch.no_grad():
+        hidden[under] = math.nan
+        for values in (batch.advantage, batch.old_logp, batch.ref_logp):
+            values[under] = math.nan
+        batch.old_logp[under.nonzero()[0]] = 1e30
+        batch.targets[under] = -100
+    temperature = torch.ones(len(batch), device=DEVICE).masked_fill(under, math.nan)
+    results = []
+    for h, w, b, tokens in (clean, poisoned):
+        heat = temperature if tokens is batch else torch.ones_like(temperature)
+        output = linear_policy_loss(h, w, tokens, OBJECTIVES[name], bias=b, temperature=heat, chunk_rows=5)
+        results.append(
+            [output.loss, output.logp, output.entropy, *output.metrics.values(), *_grads(output.loss, h, w, b)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("n", [0, 9])
+def test_a_batch_without_counted_tokens_has_loss_and_gradients_zero(n):
+    hidden, weight, bias, batch = _case(n)
+    batch.weight.zero_()
+    output = linear_policy_loss(hidden, weight, batch, grpo(), bias=bias)
+    assert output.loss == 0 and output.metrics == {}
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in _grads(output.loss, hidden, weight, bias))
+    logp, _ = linear_logprobs(hidden, weight, batch.targets)
+    assert logp.shape == (n,)
+    assert all(g.shape == x.shape for g, x in zip(_grads(logp.sum(), hidden, weight), (hidden, weight), strict=True))
+
+
+def test_zero_advantages_have_gradients_zero():
+    hidden, weight, _, batch = _case()
+    batch.advantage.zero_()
+    output = linear_policy_loss(hidden, weight, batch, grpo())
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in _grads(output.loss, hidden, weight))
+
+
+def test_a_nan_that_counts_is_not_hidden():
+    hidden, weight, _, batch = _case(masked=0.0)
+    with torch.no_grad():
+        hidden[3] = math.nan
+    output = linear_policy_loss(hidden, weight, batch, sft())
+    assert output.loss.isnan() and output.logp.isnan().nonzero().tolist() == [[3]]
+
+
+# --- invariance ---
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_adds_up_over_micro_batches(name):
+    hidden, weight, bias, batch = _case(24)
+    whole = linear_policy_loss(hidden, weight, batch, OBJECTIVES[name], bias=bias)
+    parts = [slice(0, 6), slice(6, 18), slice(18, 24)]  # between sequences
+    losses = [linear_policy_loss(hidden[p], weight, batch.select(p), OBJECTIVES[name], bias=bias).loss for p in parts]
+    _assert_near([sum(losses)], [whole.loss])
+    _assert_near(_grads(sum(losses), hidden, weight, bias), _grads(whole.loss, hidden, weight, bias))
+
+
+def test_metrics_are_means_under_the_weights():
+    hidden, weight, _, batch = _case(masked=0.0)
+    metrics = linear_policy_loss(hidden, weight, batch, grpo(), chunk_rows=5).metrics
+    logp, entropy = linear_logprobs_reference(hidden, weight, batch.targets)
+    expected = (grpo()(logp, entropy, batch)[1]["ratio"] * batch.weight).sum() / batch.weight.sum()
+    torch.testing.assert_close(metrics["ratio"], expected)
+    torch.testing.assert_close(metrics["entropy"], ((entropy * batch.weight).sum() / batch.weight.sum()).detach())
+
+
+def test_backward_scales_accumulates_and_may_be_kept():
+    hidden, weight, _, batch = _case()
+    expected = _grads(linear_policy_loss_reference(hidden, weight, batch, sft()), hidden, weight)
+    loss = linear_policy_loss(hidden, weight, batch, sft()).loss
+    kept = torch.autograd.grad(2 * loss, (hidden, weight), retain_graph=True)
+    (3 * loss).backward()
+    linear_policy_loss(hidden, weight, batch, sft()).loss.backward()
+    _assert_near(kept, [2 * g for g in expected])
+    _assert_near((hidden.grad, weight.grad), [4 * g for g in expected])
+
+
+# --- row kernels ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("columns", [1, 2, 37, 2049])
+def test_rows_of_any_width_stride_and_content(columns, dtype):
+    g = torch.Generator().manual_seed(0)
+    storage = (3 * torch.randn(6, columns + 5, generator=g)).to(DEVICE, dtype)
+    targets = torch.randint(0, columns, (6,), generator=g).to(DEVICE)
+    logits = storage[:, :columns]
+    if columns > 2:
+        logits[1, :] = -math.inf
+        logits[1, targets[1]] = 2.0  # one choice
+        logits[2, (targets[2] + 1) % columns] = -math.inf
+        logits[3, (targets[3] + 1) % columns] = math.nan
+    stats = vocab_stats(logits, targets)
+    expected = vocab_stats_reference(logits, targets)
+    for a, b in zip(stats, expected, strict=False):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5, equal_nan=True)
+    if columns > 2:
+        assert stats.logp[1] == 0 and stats.entropy[1] == 0 and stats.logp[3].isnan()
+    z = logits.clone().double().requires_grad_()
+    c = torch.randn(2, 6, generator=g).to(DEVICE, stats.logp.dtype)
+    logp, entropy = vocab_stats_reference(z, targets)
+    good = [0, 2, 4, 5]  # autograd has NaN where a probability is 1
+    (logp * c[0] + entropy * c[1])[good].sum().backward()
+    untouched = storage[:, columns:].clone()
+    got = vocab_grad_(logits, targets, stats, c[0], c[1])
+    tolerance = {"rtol": 1e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    finite = z.grad[good].isfinite()
+    torch.testing.assert_close(got[good].double()[finite], z.grad[good][finite], **tolerance)
+    assert torch.equal(storage[:, columns:], untouched)
+    if columns > 2:
+        assert torch.equal(got[1], torch.zeros_like(got[1])) and got[3].isnan().all()
+
+
+def test_a_target_that_cannot_be_drawn_has_log_probability_minus_infinity():
+    logits = torch.tensor([[0.0, -math.inf, 1.0]], device=DEVICE)
+    stats = vocab_stats(logits, torch.tensor([1], device=DEVICE))
+    assert stats.logp == -math.inf
+    torch.testing.assert_close(
+        stats.entropy.double(), vocab_stats_reference(logits.double(), torch.tensor([0], device=DEVICE))[1]
+    )
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [3, 4], [0, 4], [1, 3, 4], [0, 1, 2, 3, 4], []])
+def test_compacted_rows_equal_selected_rows(kept):
+    logits, targets = torch.randn(5, 9, device=DEVICE), torch.arange(5, device=DEVICE)
+    stats, c = vocab_stats(logits, targets), torch.randn(5, device=DEVICE)
+    keep = torch.zeros(5, dtype=torch.bool, device=DEVICE)
+    keep[kept] = True
+    slots = linear_head.compacting_rows(keep)
+    whole = vocab_grad_(logits.clone(), targets, stats, c)
+    got = vocab_grad_(logits.clone(), targets, stats, c, rows=slots)
+    assert sorted(range(5) if slots is None else slots.tolist()) == kept
+    assert torch.equal(got, whole if slots is None else whole[slots])
+
+
+@compiled_only
+def test_offsets_beyond_32_bits_are_reached():
+    stride = 2**30 + 3
+    storage = torch.empty(
+        2 * stride + 50, dtype=torch.bfloat16, device=DEVICE
+    )  # 4 GiB, of which three rows are touched
+    logits = storage.as_strided((3, 50), (stride, 1))
+    logits.copy_(torch.randn(3, 50))
+    targets = torch.tensor([0, 20, 49], device=DEVICE)
+    stats, copy = vocab_stats(logits, targets), logits.contiguous()
+    assert torch.equal(stats.logp, vocab_stats(copy, targets).logp)
+    c = torch.ones(3, device=DEVICE)
+    assert torch.equal(vocab_grad_(logits, targets, stats, c), vocab_grad_(copy, targets, stats, c))
+
+
+@compiled_only
+def test_more_rows_than_a_grid_axis_holds():
+    logits, targets = torch.randn(70_000, 3, device=DEVICE), torch.ones(70_000, dtype=torch.int64, device=DEVICE)
+    torch.testing.assert_close(vocab_stats(logits, targets).logp, logits.log_softmax(-1)[:, 1], rtol=1e-5, atol=1e-6)
+
+
+@compiled_only
+def test_the_ops_pass_opcheck():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 7, generator=g).to(DEVICE)
+    targets, temperature = torch.tensor([0, 6, 3, 3], device=DEVICE), torch.full((4,), 0.7, device=DEVICE)
+    ops = torch.ops.cosmo_fast
+    torch.library.opcheck(ops.vocab_stats, (logits.clone().requires_grad_(), targets, temperature, 3.0))
+    torch.library.opcheck(ops.vocab_stats, (logits, targets, None, 0.0))
+    stats, c = ops.vocab_stats(logits, targets, None, 0.0), torch.ones(4, device=DEVICE)
+    torch.library.opcheck(ops.vocab_grad_, (logits.clone(), None, targets, *stats, c, c, None, 0.0))
+    torch.library.opcheck(
+        ops.vocab_grad_, (logits.clone(), torch.tensor([0, 3], device=DEVICE), targets, *stats, c, None, None, 0.0)
+    )
+
+
+@compiled_only
+def test_vocab_stats_is_differentiable():
+    logits = torch.randn(4, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([0, 6, 3, 3], device=DEVICE)
+    assert torch.autograd.gradcheck(lambda z: tuple(vocab_stats(z, targets, temperature=0.7)[:2]), (logits,))
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_weight": torch.zeros(0, 8)}, "ZeRO-3"),
+        ({"head_weight": torch.zeros(37, 8)}, "dtype"),
+        ({"bias": torch.zeros(3, dtype=torch.float64)}, "bias"),
+        ({"chunk_rows": 0}, "chunk_rows"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": torch.ones(3)}, r"\(23,\)"),
+        ({"logit_softcap": -1.0}, "softcap"),
+        ({"logits_dtype": torch.float16}, "logits_dtype"),
+        ({"hidden": torch.zeros(22, 8, dtype=torch.float64)}, "22 rows"),
+        ({"objective": lambda logp, entropy, batch: (logp.sum(), {})}, "shape"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    hidden, weight, _, batch = _case()
+    arguments = {"hidden": hidden, "head_weight": weight, "batch": batch, "objective": sft(), **change}
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**moved)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="a GPU is not asked for the values of its indices")
+def test_indices_outside_their_range_are_refused():
+    logits, targets = torch.randn(4, 7), torch.tensor([0, 6, 3, 3])
+    with pytest.raises(RuntimeError, match=r"targets\[1\] = 7"):
+        vocab_stats(logits, targets.clamp(max=6).index_fill(0, torch.tensor([1]), 7))
+    stats = vocab_stats(logits, targets)
+    with pytest.raises(RuntimeError, match=r"rows\[0\] = 1"):
+        vocab_grad_(logits, targets, stats, torch.ones(4), rows=torch.tensor([1, 3]))

@@ -1,0 +1,116 @@
+"""The packed forward equals transformers' own, token by token and gradient by gradient."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import IMAGE, make_prompt, padded_logps, save_pictures, tiny_policy
+
+from cosmo_fast.models.vision import Vision
+from cosmo_fast.plan import Plan
+
+
+@pytest.fixture
+def world(tmp_path):
+    policy, plain = tiny_policy()
+    square, portrait, wide = save_pictures(tmp_path)
+    prompts = [
+        make_prompt(policy, [7, square, 8, 9]),
+        make_prompt(policy, [10, 11, 12, 13, 14]),
+        make_prompt(policy, [7, portrait, 15, square, 16, 17]),
+        make_prompt(policy, [20, wide]),  # ends in a picture
+    ]
+    rng = np.random.default_rng(0)
+    sizes = ([3, 8, 1], [5], [2, 2, 6, 4], [7, 3])
+    responses = [[rng.integers(7, 97, n) for n in group] for group in sizes]
+    responses[1][0][2] = IMAGE  # a policy may sample a picture token: it is a token like any other
+    return policy, plain, prompts, responses
+
+
+def packed(policy, prompts, responses):
+    plan = Plan(prompts, responses)
+    return policy.logprobs(plan, Vision(policy).features(plan.media))[0]
+
+
+def one_by_one(plain, policy, prompts, responses, without_sampled_media=True):
+    out = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        out += [padded_logps(plain, policy, prompt, r) for r in group]
+    return torch.cat(out)
+
+
+def test_logprobs_and_gradients_equal_the_unpacked_model(world):
+    policy, plain, prompts, responses = world
+    responses[1][0][2] = 40  # transformers takes a sampled picture token for a picture
+    ours, theirs = packed(policy, prompts, responses), one_by_one(plain, policy, prompts, responses)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    weights = torch.randn_like(ours.detach())
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for (name, a), b in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
+        error = (a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-12)
+        assert error < 1e-5, f"{name}: relative error of the gradient {error}"
+
+
+def test_shared_packed_and_alone_agree(world):
+    policy, _, prompts, responses = world
+    together = packed(policy, prompts, responses)
+    alone = [packed(policy, [p], [[r]]) for p, group in zip(prompts, responses, strict=True) for r in group]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_permuting_responses_and_groups_permutes_the_logprobs(world):
+    policy, _, prompts, responses = world
+    base = packed(policy, prompts, responses).split([len(r) for g in responses for r in g])
+    order = [2, 0, 3, 1]
+    flipped = [responses[i][::-1] for i in order]
+    moved = packed(policy, [prompts[i] for i in order], flipped).split([len(r) for g in flipped for r in g])
+    starts = np.cumsum([0] + [len(g) for g in responses])
+    wanted = [base[j] for i in order for j in reversed(range(starts[i], starts[i + 1]))]
+    for a, b in zip(moved, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_one_picture_in_two_prompts_is_encoded_once_and_learns_from_both(world):
+    policy, plain, prompts, responses = world
+    plan = Plan([prompts[0], prompts[2]], [responses[0], responses[2]])
+    assert len(plan.media) == 2 and len(plan.image_rows) == sum(m.rows for i in (0, 2) for m in prompts[i].media)
+    ours = packed(policy, [prompts[0], prompts[2]], [responses[0], responses[2]])
+    theirs = one_by_one(plain, policy, [prompts[0], prompts[2]], [responses[0], responses[2]])
+    ours.sum().backward()
+    theirs.sum().backward()
+    a, b = (m.model.visual.patch_embed.proj.weight.grad for m in (policy.model, plain))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_tower_runs_once_for_a_picture(world, monkeypatch):
+    policy, _, prompts, _ = world
+    policy.freeze_vision_tower(True)
+    vision, calls = Vision(policy), []
+    run = policy.family.vision_features
+    monkeypatch.setattr(policy.family, "vision_features", lambda *a: calls.append(1) or run(*a))
+    media = Plan(prompts).media
+    first, second = vision.features(media), vision.features(media)
+    assert len(calls) == 1 and torch.equal(first, second)
+    vision.forget()
+    vision.features(media)
+    assert len(calls) == 2
+
+
+def test_the_model_without_a_plan_is_refused(world):
+    policy, *_ = world
+    with pytest.raises(ValueError, match="got no plan"):
+        policy.model(input_ids=torch.tensor([[7, 8]]))
+
+
+def test_an_empty_prompt_is_refused():
+    from cosmo_fast.plan import Prompt
+
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: the prompt has no tokens"):
+        Plan([Prompt(np.array([], dtype=np.int64), (), {}, "", "rows.jsonl:3")])
+
+
+def test_equal_plans_have_equal_hashes_and_others_do_not(world):
+    _, _, prompts, responses = world
+    assert Plan(prompts, responses).hash == Plan(prompts, responses).hash
+    responses[0][0][0] += 1
+    assert Plan(prompts, responses).hash != Plan(prompts).hash
