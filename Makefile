@@ -32,7 +32,7 @@ ABI_TORCH ?= 2.14.1
 abi-check: install-dev
 	$(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/python -m pip install -q torch==$(ABI_TORCH) numpy pytest
-	PYTHONPATH=. .venv-abi/bin/python -m pytest -q tests/test_linear_policy_loss.py tests/test_objectives.py $(ARGS)
+	PYTHONPATH=. .venv-abi/bin/python -m pytest -q tests/test_vocab_stats.py tests/test_linear_policy_loss.py tests/test_objectives.py $(ARGS)
 
 dist: install-dev
 	rm -rf dist

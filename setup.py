@@ -7,9 +7,7 @@ from pathlib import Path
 
 compiler = os.environ.get("CXX", "c++").split()[0]
 if shutil.which(compiler) is None:
-    sys.exit(
-        f"cosmo_fast: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian: apt install g++) or set CXX."
-    )
+    sys.exit(f"cosmo_fast: no C++ compiler: {compiler!r} is not on PATH (Debian: apt install g++, or set CXX)")
 
 import pybind11  # noqa: E402
 from setuptools import Extension, find_packages, setup  # noqa: E402
@@ -22,9 +20,7 @@ CXX = ["-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-m
 
 cuda = os.environ.get("COSMO_FAST_CUDA") == "1"
 if cuda and CUDA_HOME is None:
-    sys.exit(
-        "cosmo_fast: COSMO_FAST_CUDA=1, but no CUDA toolkit (nvcc) was found. Set CUDA_HOME or unset COSMO_FAST_CUDA."
-    )
+    sys.exit("cosmo_fast: COSMO_FAST_CUDA=1, but there is no nvcc: set CUDA_HOME or unset COSMO_FAST_CUDA")
 sources = sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.name != "host.cpp")
 sources += sorted(str(p) for p in Path("csrc").glob("*.cu")) if cuda else []
 

@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     asking.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     asking.add_argument("--num-generations", type=int, default=1)
     asking.add_argument("--seed", type=int, default=0)
+    commands.add_parser("doctor", help="what is installed and what each part runs on")
     for sub in (judging, asking):
         sub.add_argument("--max-completion-length", type=int, default=256, help="tokens")
         sub.add_argument("--batch-size", type=int, default=256, help="responses decoded at once")
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        {"evaluate": evaluate, "generate": generate}[known.command](known)
+        {"evaluate": evaluate, "generate": generate, "doctor": doctor}[known.command](known)
     except (ValueError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,6 +79,13 @@ def generate(options: argparse.Namespace) -> None:
     prompt = Encoder(policy).prompt(row)
     [group] = sampler.generate([prompt], params, num_generations=options.num_generations, seed=options.seed)
     print("\n\n".join(policy.tokenizer.batch_decode([c.ids for c in group], skip_special_tokens=True)))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Prints what :mod:`cosmo_fast.doctor` finds."""
+    from cosmo_fast.doctor import main as run
+
+    run()
 
 
 if __name__ == "__main__":

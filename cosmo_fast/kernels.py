@@ -1,4 +1,4 @@
-"""Triton twins of the tensor ops. The files lie in the folder `kernels`, beside this package or, once installed, in it."""
+"""Triton twins of the tensor ops. The files lie in the folder `kernels` beside this package or, installed, in it."""
 
 from pathlib import Path
 

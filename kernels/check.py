@@ -2,8 +2,9 @@
 
     python -m cosmo_fast.kernels.check
 
-One line a variant: registers a thread, shared memory (bytes), spills (bytes of local memory: must be 0), as cuobjdump
-reads them from the cubin. Exits with 1 if anything spills. A process of its own: under TRITON_INTERPRET nothing compiles.
+One line a variant: registers a thread, shared memory (bytes), spills (bytes of local memory: must be 0), as
+cuobjdump reads them from the cubin. Exits with 1 if anything spills. A process of its own: under TRITON_INTERPRET
+nothing compiles.
 """
 
 import importlib
@@ -47,22 +48,26 @@ def _variants(module):
         yield module._grad_kernel, label, {**inputs, **shape}, {**constants, "BLOCK": block}
 
 
-def resources(kernel, signature: dict, constants: dict, capability: int, options: dict) -> tuple[int, int, int]:
-    """(registers a thread, shared bytes, local bytes) of one variant. None in the signature: the argument is None."""
+def compiled(kernel, signature: dict, constants: dict, capability: int, options: dict):
+    """One variant, compiled for sm_<capability>. None in the signature: the argument is None."""
     constants = {**constants, **{name: None for name, kind in signature.items() if kind is None}}
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     indices = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {indices[name]: _ALIGNED for name, kind in types.items() if kind[0] == "*" or kind == "i64"}
     source = ASTSource(kernel, types, {indices[name]: value for name, value in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(binary) -> tuple[int, int, int]:
+    """(registers a thread, shared bytes, local bytes) of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(binary.asm["cubin"])
         cubin.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         command = [str(tool), "--dump-resource-usage", cubin.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return usage["REG"], compiled.metadata.shared, usage["LOCAL"] + usage["STACK"]
+    return usage["REG"], binary.metadata.shared, usage["LOCAL"] + usage["STACK"]
 
 
 def main() -> int:
@@ -73,7 +78,7 @@ def main() -> int:
     failed = count = 0
     print(f"{'kernel':<16}{'variant':<40}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>8}")
     for (kernel, label, signature, constants), capability in itertools.product(_variants(module), CAPABILITIES):
-        registers, shared, spills = resources(kernel, signature, constants, capability, module.OPTIONS)
+        registers, shared, spills = resources(compiled(kernel, signature, constants, capability, module.OPTIONS))
         name = kernel.fn.__name__.strip("_")
         print(f"{name:<16}{label:<40}sm_{capability:<5}{registers:>10}{shared:>8}{spills:>8}", flush=True)
         count, failed = count + 1, failed + (spills > 0)

@@ -1,7 +1,7 @@
 """Triton twins of csrc/vocab_stats.cpp: one program a row, no atomics, any V, offsets in 64 bits.
 
-A kernel does only what is vocabulary-sized; what one row comes to is finished in PyTorch on (N,) vectors, where log1p
-and expm1 are exact. y = softcap * tanh(z / softcap) / temperature; softcap 0 means none.
+A kernel does only what is vocabulary-sized; what one row comes to is finished in PyTorch on (N,) vectors in fp64, as in
+the C++ twin. y = softcap * tanh(z / softcap) / temperature; softcap 0 means none.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Explicit, because Triton's default changed in 3.10: products and sums fuse, as they do in the C++ twin.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-MAX_BLOCK = {torch.bfloat16: 4096, torch.float32: 4096, torch.float64: 1024}  # columns at a time, without spills
+MAX_BLOCK = {torch.bfloat16: 4096, torch.float32: 4096, torch.float64: 512}  # columns at a time, without spills
 
 
 @triton.jit
@@ -71,7 +71,8 @@ def _stats_kernel(
 
 @triton.jit
 def _grad_kernel(
-    logits, rows, targets, other_max, scale, offset, c_logp, c_entropy, target_grad, temperature, columns, stride, softcap,
+    logits, rows, targets, other_max, scale, offset, c_logp, c_entropy, target_grad, temperature,
+    columns, stride, softcap,
     HAS_ROWS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -133,16 +134,16 @@ def vocab_stats(
             logits, targets, temperature, own, other_max, other_sum, moment, columns, logits.stride(0), softcap,
             HAS_TEMPERATURE=temperature is not None, HAS_CAP=softcap > 0, BLOCK=_block(logits), **OPTIONS,
         )  # fmt: skip
-    difference = other_max - own
-    log_sum = other_sum.log()
+    difference, total = other_max.double() - own.double(), other_sum.double()
+    log_sum = total.log()
     d = (difference if temperature is None else difference / temperature) + log_sum
     logp, log_other = -softplus(d), -softplus(-d)
-    zero = torch.zeros((), dtype=wide, device=logits.device)
-    entropy = log_other.exp() * (log_sum - moment / other_sum)
+    entropy = log_other.exp() * (log_sum - moment / total)
     for log_p in (logp, log_other):
-        entropy = entropy - torch.where(log_p > -torch.inf, log_p.exp() * log_p, zero)
-    certain = (other_max == -torch.inf) & (own > -torch.inf) & (other_sum == 0)  # no other column can be drawn
-    return torch.where(certain, zero, logp), torch.where(certain, zero, entropy), other_max, other_sum
+        entropy = entropy - torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0)
+    certain = (other_max == -torch.inf) & (own > -torch.inf) & (total == 0)  # no other column can be drawn
+    logp, entropy = (x.masked_fill(certain, 0.0).to(wide) for x in (logp, entropy))
+    return logp, entropy, other_max, other_sum
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -165,13 +166,14 @@ def vocab_grad_(
 ) -> None:
     """Overwrites `logits` with the gradient of c_logp·logp + c_entropy·entropy: see `ops.vocab_grad_`. One pass."""
     _check(logits)
-    other = -torch.expm1(logp)
+    wide = logp.double()
+    other, p = -torch.expm1(wide), wide.exp()
     scale = torch.where(other_sum > 0, other / other_sum, other * 0)
     at_target, offset = c_logp * other, None
     if c_entropy is not None:
-        offset = torch.where(scale > 0, scale, 1.0).log() + entropy
-        p = logp.exp()
-        at_target = at_target - torch.where(p > 0, c_entropy * p * (logp + entropy), 0.0)
+        offset = (torch.where(scale > 0, scale, 1.0).log() + entropy).to(logp.dtype)
+        at_target = at_target - torch.where(p > 0, c_entropy * p * (wide + entropy), 0.0)
+    scale, at_target = scale.to(logp.dtype), at_target.to(logp.dtype)
     n, columns = logits.shape[0] if rows is None else rows.shape[0], logits.shape[1]
     if n:
         _grad_kernel[(n,)](

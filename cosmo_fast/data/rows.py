@@ -139,7 +139,7 @@ def load_rows(
 
 
 def single_row(text: str, images: Sequence[str | os.PathLike] = (), *, source: str = "prompt") -> Row:
-    """A row that a user types: pictures from anywhere on disk, then the text. Checked as load_rows does, less the jail."""
+    """A row that a user types: pictures from anywhere on disk, then the text. Checked as rows are, less the jail."""
     paths = []
     for name in images:
         path = Path(name)

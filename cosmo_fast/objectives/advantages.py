@@ -18,9 +18,9 @@ def advantages(
 ) -> Tensor:
     """(S,) advantages of `rewards` (S,) within `groups` (S,) int64; groups may have any size and order.
 
-    group: (R − mean) / (std + epsilon), std over n − 1 (GRPO as in TRL). dr_grpo: R − mean. rloo: R − mean of the others.
-    cpgd: ω·(R − mean) with ω = 1 (weighting "equal"), 1/(std + epsilon) ("std"), or min(weight_cap, groups / groups whose
-    rewards differ) ("clip_filter", arXiv 2505.12504).
+    group: (R − mean) / (std + epsilon), std over n − 1 (GRPO as in TRL). dr_grpo: R − mean. rloo: R − mean of the
+    others. cpgd: ω·(R − mean) with ω = 1 (weighting "equal"), 1/(std + epsilon) ("std"), or min(weight_cap, groups /
+    groups whose rewards differ) ("clip_filter", arXiv 2505.12504).
     A NaN reward (a sample that no reward applied to) is left out of every statistic and has advantage 0. A group whose
     rewards are all equal has advantage 0 exactly, not a rounding residue blown up by the division.
     """

@@ -54,7 +54,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss by name. `sequence_level`: the loss of a token depends on its whole sequence, which is then kept together."""
+    """A loss by name. `sequence_level`: a token's loss depends on its whole sequence, which is then kept together."""
 
     name: str
     function: Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]

@@ -43,9 +43,9 @@ def grpo(
 ) -> Objective:
     """−min(r·A, clip(r, 1−ε, 1+ε_high)·A) + β·KL − entropy_coef·H, with r = π/π_old (arXiv 2402.03300).
 
-    epsilon_high None: as epsilon. delta: upper bound of the unclipped ratio, which bounds the loss where A < 0 (two-sided
-    clip, arXiv 2505.07291). importance_sampling_level "sequence": r is the exponential of the sequence's mean log-ratio
-    (GSPO, arXiv 2507.18071). Dr. GRPO, DAPO and BNPO differ in advantage and aggregation only.
+    epsilon_high None: as epsilon. delta: upper bound of the unclipped ratio, which bounds the loss where A < 0
+    (two-sided clip, arXiv 2505.07291). importance_sampling_level "sequence": r is the exponential of the sequence's
+    mean log-ratio (GSPO, arXiv 2507.18071). Dr. GRPO, DAPO and BNPO differ in advantage and aggregation only.
     """
     high = epsilon if epsilon_high is None else epsilon_high
     _check_clip(epsilon, high)

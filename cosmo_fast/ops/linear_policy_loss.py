@@ -41,15 +41,15 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int = 4096,
 ) -> LossOutput:
-    """Σ weight·objective over the tokens of `batch`, from hidden states (N, d) and the head (V, d), without (N, V) kept.
+    """Σ weight·objective over the tokens of `batch`, from hidden states (N, d) and the head (V, d); no (N, V) is kept.
 
-    hidden, head_weight, bias (V,): one dtype of fp32, bf16, fp64, on one device. The loss is differentiable by them, and
-    costs 3 GEMMs (2N·V·d each), 2 with a frozen head, 1 without gradients; call backward once, or keep the graph.
+    hidden, head_weight, bias (V,): one dtype of fp32, bf16, fp64, on one device. The loss is differentiable by them
+    and costs 3 GEMMs (2N·V·d each), 2 with a frozen head, 1 without gradients; call backward once, or keep the graph.
     objective: see `objectives.policy`; any callable (logp, entropy, batch) -> (loss (N,), metrics), taken to depend on
     whole sequences unless its `sequence_level` is False. A sequence longer than a chunk then costs 1 GEMM more.
-    temperature: a number or (N,), divides the logits after the cap. logits_dtype: fp32 for an fp32 head on bf16 states.
+    temperature: a number or (N,), divides the logits after the cap. logits_dtype: fp32 for an fp32 head on bf16.
     chunk_rows: rows of logits that exist at a time; peak memory is chunk_rows·V logits and, for several chunks, one
-    fp32 dW. Nothing under the mask (weight 0) is read beyond its weight. Raises ValueError for shapes, dtypes and options.
+    fp32 dW. Nothing under the mask (weight 0) is read beyond its weight. Raises ValueError for shapes, dtypes, options.
     """
     if len(batch) != hidden.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, the batch {len(batch)} tokens")
@@ -103,7 +103,7 @@ def _forward(head: LinearHead, batch: TokenBatch, objective: Objective, needs: t
 
 
 def _chunks(sequence: Tensor, chunk_rows: int, whole: bool) -> list[list[tuple[int, int]]]:
-    """Row ranges, at most `chunk_rows` each and about equal; those of one inner list go through the objective together."""
+    """Row ranges of at most `chunk_rows`, about equal; those of one inner list go through the objective together."""
     n = sequence.shape[0]
     if not whole or n <= chunk_rows:
         return [[piece] for piece in _even(0, n, chunk_rows)]
@@ -126,7 +126,7 @@ def _even(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 def _coefficients(
     objective: Objective, stats: list[VocabStats], tokens: TokenBatch, sums: dict[str, Tensor], differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """∂loss/∂logp and ∂loss/∂entropy of these tokens (None: no entropy in it); adds their loss and metrics to `sums`."""
+    """∂loss/∂logp and ∂loss/∂entropy (None: no entropy in it) of these tokens; adds loss and metrics to `sums`."""
     with torch.set_grad_enabled(differentiate):
         logp = torch.cat([s.logp for s in stats]).requires_grad_(differentiate)
         entropy = torch.cat([s.entropy for s in stats]).requires_grad_(differentiate)

@@ -1,0 +1,47 @@
+"""The embedded world: drawn scenes of real pictograms with exact answers and response policies.
+
+It goes through the same door as a user's data: JSONL rows, pictures on disk, an ordinary Hugging Face model folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from cosmo_fast.world.build import SIZES, VERSION, build
+
+__all__ = ["build", "ensure_world"]
+
+
+def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes: float) -> Path:
+    """The folder of the world of this seed and these sizes, with its model under ``model``; built on the first call.
+
+    It lies in ``cache_dir``, by default $XDG_CACHE_HOME/cosmo_fast (~/.cache/cosmo_fast).
+
+    Raises:
+        ValueError: an unknown size, or the folder cannot be written.
+    """
+    from cosmo_fast.world.model import build_model, picture_statistics, world_texts
+
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
+    digest = hashlib.sha256(json.dumps([seed, SIZES | sizes], sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"world-{VERSION}-{digest}"
+    if (folder / "model" / "config.json").is_file():
+        return folder
+    draft = root / f".world-{VERSION}-{digest}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        build(draft, seed=seed, **sizes)
+        mean, std = picture_statistics(sorted((draft / "images").glob("*.png")))
+        build_model(draft / "model", world_texts(draft), seed=seed, image_mean=mean, image_std=std)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except OSError as error:
+        raise ValueError(f"world.cache_dir={str(root)!r} cannot be written ({error}); set world.cache_dir or XDG_CACHE_HOME") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder

