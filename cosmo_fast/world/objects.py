@@ -10,6 +10,7 @@ DANGERS = {
     "explosive": "can hurt people",
     "blade": "can cut people",
     "fire": "can burn people",
+    "beast": "can hurt people",
     "poison": "can make people sick",
     "medicine": "can make people sick",
     "drug": "can make people sick",
@@ -40,7 +41,7 @@ class Thing:
 
     @property
     def danger(self) -> str:
-        """"a knife can cut people"; an object that is not risky has none."""
+        """ "a knife can cut people"; an object that is not risky has none."""
         return f"{self.a} {DANGERS[self.category]}"
 
 
@@ -52,15 +53,21 @@ def _things() -> list[Thing]:
     bomb|bombs|💣|explosive|forbidden
     trident|tridents|🔱|weapon|forbidden
     poison|poisons|☠|poison|forbidden
+    biohazard|biohazards|☣|poison|forbidden
+    barrel|barrels|🛢|poison|forbidden
+    scorpion|scorpions|🦂|beast|forbidden
+    snake|snakes|🐍|beast|forbidden
     swords|swords|⚔|weapon|forbidden|held
     firecracker|firecrackers|🧨|explosive|forbidden|held
     knife|knives|🔪|blade|dual
     axe|axes|🪓|blade|dual
     scissors|scissors|✂|blade|dual
     saw|saws|🪚|blade|dual
+    razor|razors|🪒|blade|dual
     candle|candles|🕯|fire|dual
     flame|flames|🔥|fire|dual
     pill|pills|💊|medicine|dual
+    mushroom|mushrooms|🍄|poison|dual
     cigarette|cigarettes|🚬|drug|dual
     beer|beers|🍺|drug|dual
     wine|wines|🍷|drug|dual

@@ -44,11 +44,13 @@ PHRASINGS: dict[str, tuple[list[str], list[str]]] = {
         ["Is there {a} in the picture?", "Do you see {a} in the picture?"],
     ),
     "position": (
-        ["Where is the {A}?", "Where do you see the {A}?", "In which corner is the {A}?", "Name the corner of the {A}."],
+        ["Where is the {A}?", "Where do you see the {A}?", "In which corner is the {A}?",
+         "Name the corner of the {A}."],
         ["In which corner do you see the {A}?", "Where in the picture is the {A}?"],
     ),
     "compare": (
-        ["Are there more {As} than {Bs}?", "Do you see more {As} than {Bs}?", "Does the picture show more {As} than {Bs}?",
+        ["Are there more {As} than {Bs}?", "Do you see more {As} than {Bs}?",
+         "Does the picture show more {As} than {Bs}?",
          "Is the number of {As} more than the number of {Bs}?"],
         ["Are more {As} than {Bs} in the picture?", "Do you see more {As} than {Bs} in the picture?"],
     ),
