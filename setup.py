@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 # One binary for torch 2.11 and every later version: only the stable ABI of 2.11 is visible to the sources.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No -ffast-math: NaN and -inf are data here. Sums are reordered only where a pragma says so.
-CXX = ["-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX = ["-O3", "-g0", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 cuda = os.environ.get("COSMO_FAST_CUDA") == "1"
 if cuda and CUDA_HOME is None:

@@ -1,4 +1,4 @@
-"""Hidden states to gradients of a policy loss: ours, eager PyTorch, torch.compile, liger-kernel and TRL, beside the floor.
+"""Hidden states to gradients of a policy loss: ours, eager PyTorch, torch.compile, liger-kernel, TRL, and the floor.
 
     python benchmarks/bench_linear_policy_loss.py [--quick] [--sizes 1024,896,32768 ...] [--providers cosmo_fast,eager]
 
@@ -10,6 +10,7 @@ Writes benchmarks/results/linear_policy_loss.csv.
 
 import argparse
 import csv
+import ctypes
 import gc
 import importlib.util
 import itertools
@@ -36,7 +37,7 @@ COLUMNS = (
 
 
 class Problem:
-    """Random states (N, d) near a head (V, d), 8 sequences, an old policy a few percent away: some tokens are clipped."""
+    """Random states (N, d), a head (V, d), 8 sequences, an old policy a few percent away: some tokens are clipped."""
 
     def __init__(self, n: int, d: int, v: int, dtype: torch.dtype, device: str, case: str, seed: int = 0):
         if n % SEQUENCES:
@@ -146,7 +147,7 @@ def _floor(problem: Problem):
 
 
 class Memory:
-    """Peak memory of a call beyond what was in use before it, in MiB: the allocator's on CUDA, resident pages on Linux."""
+    """Peak memory (MiB) of a call beyond what was in use before: the allocator's on CUDA, resident pages on Linux."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -159,11 +160,12 @@ class Memory:
             before = torch.cuda.memory_allocated()
             run()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
+        reset = Path("/proc/self/clear_refs")
+        if not reset.exists():
             run()
             return float("nan")
+        ctypes.CDLL(None).malloc_trim(0)  # pages that an earlier call freed would hide what this one needs
+        reset.write_text("5")
         before = self._resident("VmRSS")
         run()
         return (self._resident("VmHWM") - before) / 1024
@@ -264,9 +266,8 @@ def main() -> None:
     if unknown := set(names) - set(PROVIDERS):
         raise SystemExit(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
     providers, origin, rows = makers(names), _origin(options.device), []
-    print(
-        f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<12}{'ms':>9}{'÷ floor':>9}{'peak MiB':>10}{'error ÷ eager':>15}"
-    )
+    print(f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<12}", end="")
+    print(f"{'ms':>9}{'÷ floor':>9}{'peak MiB':>10}{'error ÷ eager':>15}")
     for size, dtype, case in itertools.product(options.sizes, options.dtypes, options.cases):
         n, d, v = (int(x) for x in size.split(","))
         problem = Problem(n, d, v, getattr(torch, dtype), options.device, case)

@@ -19,6 +19,14 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 2048;  // logits of one block stay in the first-level cache between its two loops
 
+// Asks for the block after this one. Reading and writing one stream in place runs at the latency of memory otherwise:
+// with this and a scratch block between loads and stores, the gradient pass went from 1.57 to 0.59 ns an element
+// (bf16).
+template <int kWrite, class T>
+COSMO_INLINE void prefetch(const T* block, int64_t length) {
+  for (int64_t j = 0; j < length; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(block + kBlock + j, kWrite, 2);
+}
+
 template <class T, class A>
 struct StatsRows {
   const T* logits;
@@ -36,6 +44,7 @@ COSMO_INLINE void accumulate(const T* row, int64_t begin, int64_t end, A cap, A 
   for (int64_t start = begin; start < end; start += kBlock) {
     int64_t length = std::min(kBlock, end - start);
     const T* block = row + start;
+    prefetch<0>(block, length);
     A top = -std::numeric_limits<A>::infinity();
     if constexpr (kCap) {
 #pragma omp simd reduction(max : top)
@@ -126,19 +135,28 @@ COSMO_INLINE void grad_row(const GradRows<T, A>& a, int64_t i) {
   A offset = kEntropy ? A(scale64 > 0 ? std::log(scale64) : 0.0) + entropy : A(0);
   A own = load(from[target]);
   A none = m == -std::numeric_limits<A>::infinity() ? A(0) : m;  // -inf - -inf; the scale is 0 there
+  alignas(64) A scratch[kBlock];
+  for (int64_t start = 0; start < a.columns; start += kBlock) {
+    int64_t length = std::min(kBlock, a.columns - start);
+    const T* in = from + start;
+    T* out = to + start;
+    prefetch<1>(in, length);
 #pragma omp simd
-  for (int64_t j = 0; j < a.columns; ++j) {
-    A z = load(from[j]), y = z, slope = A(1);
-    if constexpr (kCap) {
-      A th = tanh_fast(z * inverse_cap);
-      y = cap * th;
-      slope = A(1) - th * th;
+    for (int64_t j = 0; j < length; ++j) {
+      A z = load(in[j]), y = z, slope = A(1);
+      if constexpr (kCap) {
+        A th = tanh_fast(z * inverse_cap);
+        y = cap * th;
+        slope = A(1) - th * th;
+      }
+      A u = (y - none) * inverse_t;
+      A p = exp_negative(u > A(0) ? A(0) : u) * scale;  // u > 0 only at the target, which is written below
+      A g = c;
+      if constexpr (kEntropy) g += ce * ((u < A(-1000) ? A(-1000) : u) + offset);
+      scratch[j] = -p * g * slope;
     }
-    A u = (y - none) * inverse_t;
-    A p = exp_negative(u > A(0) ? A(0) : u) * scale;  // u > 0 only at the target, which is written below
-    A g = c;
-    if constexpr (kEntropy) g += ce * ((u < A(-1000) ? A(-1000) : u) + offset);
-    store(to + j, -p * g * slope);
+#pragma omp simd
+    for (int64_t j = 0; j < length; ++j) store(out + j, scratch[j]);
   }
   A slope = A(1);
   if constexpr (kCap) {

@@ -142,11 +142,14 @@ def safety(
 
 
 def _pick(writer: _Writer, options: list) -> tuple[str, str]:
-    """An intent first, then one of its objects, so that no intent is rare."""
+    """An intent first, then how risky its object is, then the object, so that no intent and no risk is rare."""
     names = sorted({intent for intent, _ in options})
     chosen = names[writer.rng.integers(len(names))]
     things = [thing for intent, thing in options if intent == chosen]
-    return chosen, things[writer.rng.integers(len(things))]
+    risks = sorted({THINGS[thing].risk for thing in things})
+    risk = risks[writer.rng.integers(len(risks))]
+    alike = [thing for thing in things if THINGS[thing].risk == risk]
+    return chosen, alike[writer.rng.integers(len(alike))]
 
 
 def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, intents: bool) -> tuple[str, str]:

@@ -1,0 +1,283 @@
+"""The trainer from end to end on a small world: what a run leaves, resume, and bad input before any work."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosmo_fast import cli, train
+from cosmo_fast.checkpoint import checkpoints
+from cosmo_fast.config import load_config
+from cosmo_fast.trainer import Trainer, learning_rate
+
+RECIPE = """
+output_dir: {out}
+model_name_or_path: {world}/model
+max_completion_length: 40
+logging_steps: 2
+stages:
+  - {{name: cold, kind: sft, train_dataset: {world}/train.jsonl, max_steps: 6, per_device_train_batch_size: 16,
+     learning_rate: 2.0e-3, warmup_steps: 2}}
+  - {{name: rl, kind: rl, train_dataset: {{{world}/rl_safety.jsonl: 2, {world}/rl.jsonl: 1}}, max_steps: 6,
+     per_device_train_batch_size: 24, num_generations: 4, learning_rate: 1.0e-4, loss_type: cpgd,
+     freeze_vision_tower: true}}
+eval: {{datasets: {{scenes: {world}/scenes.jsonl}}, limit: 24}}
+"""
+
+
+@pytest.fixture
+def recipe(small_world, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(out=tmp_path / "run", world=small_world))
+    return path
+
+
+def run(recipe, *flags):
+    return Trainer(load_config(str(recipe), list(flags))).train()
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_a_model_checkpoints_metrics_samples_plots_and_a_summary(recipe, tmp_path, capsys):
+    summary = run(recipe)
+    out = tmp_path / "run"
+    assert [s["name"] for s in summary["stages"]] == ["cold", "rl"]
+    assert json.loads((out / "summary.json").read_text())["stages"][1]["splits"]["scenes"]["n"] == 24
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-6", "checkpoint-12"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["global_step"] for r in rows] == list(range(1, 13))
+    assert rows[0]["loss"] > rows[5]["loss"], "six steps of SFT lower the loss"
+    rl = rows[6]
+    assert {
+        "reward",
+        "rewards/format/mean",
+        "safety/over_refusal_rate",
+        "completions/clipped_ratio",
+        "entropy",
+    } <= rl.keys()
+    for row in rows[6:]:
+        assert row["rollout/max_ratio_error"] < 1e-5, "the first policy ratio of a step is 1"
+    assert list((out / "samples").glob("*.png")) and list((out / "plots").glob("*.png"))
+    assert (out / "config.yaml").is_file() and str(out) in capsys.readouterr().out
+    loaded = Trainer(
+        load_config(str(recipe), ["--model_name_or_path", str(out), "--output_dir", str(tmp_path / "next")])
+    )
+    final = dict(loaded.policy.model.named_parameters())
+    assert all(torch.equal(final[name], value) for name, value in weights(out).items())
+    assert not list(out.rglob("*.pt")) and not list(out.rglob("*.bin")) and not list(out.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_n_steps_equal_k_steps_then_resume_bitwise(recipe, tmp_path, stop, monkeypatch):
+    run(recipe, "--save_steps", "3", "--output_dir", str(tmp_path / "whole"), "--stages.rl.beta", "0.01")
+    step = Trainer._step
+
+    def interrupted(self, *args):
+        if self.global_step == stop + 1:
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    flags = ["--save_steps", "3", "--output_dir", str(tmp_path / "cut"), "--stages.rl.beta", "0.01"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, *flags)
+    assert checkpoints(tmp_path / "cut")[-1].name == f"checkpoint-{stop}"
+    run(recipe, *flags, "--resume_from_checkpoint", "true")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    metrics = [
+        [
+            {k: v for k, v in json.loads(line).items() if not k.startswith(("timing", "perf", "step_time"))}
+            for line in lines
+        ]
+        for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_several_updates_a_rollout_and_several_passes_over_it(recipe, tmp_path):
+    flags = ["--stages.rl.steps_per_generation=3", "--stages.rl.num_iterations=2", "--stages.rl.loss_type=grpo"]
+    run(recipe, *flags, "--stages.rl.per_device_train_batch_size=8")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][6:]
+    assert ["reward" in row for row in rows] == [True] + [False] * 5
+    assert all(abs(row["ratio"] - 1) < 1e-4 for row in rows[:1] if "ratio" in row)
+
+
+def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path):
+    sizes = (16384, 256)
+    for size in sizes:
+        run(recipe, "--max_tokens_per_batch", str(size), "--output_dir", str(tmp_path / str(size)), "--stages.cold.max_steps=2",
+            "--stages.rl.max_steps=1")  # fmt: skip
+    rows = [
+        [json.loads(line) for line in (tmp_path / str(s) / "metrics.jsonl").read_text().splitlines()] for s in sizes
+    ]
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
+
+
+def test_old_checkpoints_go_but_the_ends_of_stages_stay(recipe, tmp_path):
+    run(recipe, "--save_steps", "1", "--save_total_limit", "1", "--stages.rl.max_steps", "3")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+
+
+def test_a_half_written_checkpoint_is_skipped(recipe, tmp_path):
+    run(recipe)
+    (tmp_path / "run" / "checkpoint-99").mkdir()
+    (tmp_path / "run" / ".checkpoint-100.partial").mkdir()
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-12"]
+
+
+def test_learning_rates_warm_up_then_follow_their_shape(recipe):
+    stage = load_config(str(recipe)).stages[0]
+    assert [learning_rate(stage, s) for s in range(4)] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3])
+    linear = stage.model_copy(update={"lr_scheduler_type": "linear"})
+    assert [learning_rate(linear, s) for s in (2, 4, 5)] == pytest.approx([2e-3, 1e-3, 5e-4])
+    cosine = stage.model_copy(update={"lr_scheduler_type": "cosine"})
+    assert learning_rate(cosine, 4) == pytest.approx(1e-3)
+
+
+def test_dry_run_prints_config_arithmetic_and_prompt_and_writes_nothing(recipe, tmp_path, capsys):
+    assert train.main(["--config", str(recipe), "--seed", "5", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 5" in out and "completions a rollout       24" in out and "prompts a rollout           6" in out
+    assert "<|vision_start|><|image_pad|><|vision_end|>" in out
+    assert not (tmp_path / "run").exists()
+
+
+def edited(small_world, tmp_path, change):
+    """A copy of one training row, changed, in a folder of its own."""
+    row = json.loads((small_world / "train.jsonl").read_text().splitlines()[0])
+    change(row)
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    for name in row["images"]:
+        if (small_world / name).is_file():
+            (folder / name).write_bytes((small_world / name).read_bytes())
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def missing_image(row):
+    row["images"] = ["images/none.png"]
+
+
+def token_without_image(row):
+    row["images"] = []
+
+
+def empty_answer(row):
+    row["messages"][-1]["content"] = ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (missing_image, "rows.jsonl:1: .*images/none.png.* does not exist"),
+        (token_without_image, "rows.jsonl:1: 1 image parts in the messages but 0 entries in 'images'"),
+        (empty_answer, "rows.jsonl:1: zero-length answer"),
+    ],
+)
+def test_a_bad_row_stops_the_run_before_it_begins(recipe, small_world, tmp_path, change, message, capsys):
+    path = edited(small_world, tmp_path, change)
+    assert train.main(["--config", str(recipe), "--stages.cold.train_dataset", str(path)]) == 2
+    assert_error(capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def assert_error(capsys, message):
+    import re
+
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error and re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sead", "1"], "unknown setting 'sead'"),
+        (["--stages.rl.num_generations", "7"], "24 completions a rollout is not a multiple of num_generations=7"),
+        (
+            ["--model_name_or_path", "/nonexistent/model"],
+            "model_name_or_path='/nonexistent/model' is not a model folder",
+        ),
+        (["--stages.cold.train_dataset", "/nonexistent.jsonl"], "/nonexistent.jsonl"),
+        (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
+        (["--max_prompt_length", "5"], "over max_prompt_length=5"),
+        (["--max_completion_length", "3"], "over max_completion_length=3"),
+        (["--stages.rl.reward_recipe", "{safety: {nosuch: 1}}"], "unknown reward 'nosuch'"),
+        (["--stages.rl.reward_recipe", "{safety: {safety: 1}}"], "has a label without a recipe"),
+        (["--save_steps", "4", "--stages.rl.steps_per_generation=3"], "save_steps=4 is not a multiple of the 3"),
+    ],
+)
+def test_a_bad_setting_stops_the_run_before_it_begins(recipe, tmp_path, flags, message, capsys):
+    assert train.main(["--config", str(recipe), *flags]) == 2
+    assert_error(capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_run_folder_is_named(recipe, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert train.main(["--config", str(recipe), "--output_dir", str(file / "run")]) == 2
+    assert_error(capsys, "output_dir=.*cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a folder without write permission")
+def test_a_folder_without_write_permission_is_named(recipe, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert train.main(["--config", str(recipe), "--output_dir", str(tmp_path / "locked" / "run")]) == 2
+    assert_error(capsys, "no write access")
+
+
+def test_an_earlier_run_is_not_overwritten_unasked_and_a_foreign_folder_never(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert train.main(["--config", str(recipe), "--overwrite_output_dir", "true"]) == 2
+    assert_error(capsys, "is not empty and holds no run of cosmo_fast")
+    assert (out / "thesis.txt").read_text() == "mine"
+    (out / "thesis.txt").rename(out / "config.yaml")
+    assert train.main(["--config", str(recipe)]) == 2
+    assert_error(capsys, "holds an earlier run; set overwrite_output_dir or resume_from_checkpoint")
+
+
+def test_evaluate_prints_paired_rates_and_generate_answers(recipe, small_world, tmp_path, capsys):
+    run(recipe, "--stages.rl.max_steps", "1")
+    capsys.readouterr()
+    out = str(tmp_path / "run")
+    assert (
+        cli.main(["evaluate", out, str(small_world / "scenes.jsonl"), "--limit", "20", "--max-completion-length", "40"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 20 and {"safe_rate", "over_refusal_rate", "safe_rate_interval", "accuracy"} <= result.keys()
+    image = next((small_world / "images").glob("*.png"))
+    asking = ["generate", out, "--prompt", "What is this?", "--image", str(image), "--max-completion-length", "8"]
+    assert cli.main([*asking, "--num-generations", "2", "--temperature", "1"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert cli.main(["generate", out, "--prompt", "x", "--image", str(tmp_path / "none.png")]) == 2
+    assert_error(capsys, "none.png")
+    assert cli.main(["doctor"]) == 0 and "torch" in capsys.readouterr().out
+
+
+def test_python_api_takes_rows_rewards_and_a_model(recipe, small_world):
+    from cosmo_fast.data import load_rows
+    from cosmo_fast.models import load_policy
+
+    def short(prompts, completions, **columns):
+        return [1.0 / (1 + len(c)) for c in completions]
+
+    config = load_config(str(recipe), ["--stages.rl.reward_recipe", "{'*': {short: 1}}", "--stages.rl.max_steps", "2"])
+    rows = load_rows(small_world / "rl.jsonl", limit=8)
+    trainer = Trainer(
+        config, model=load_policy(small_world / "model"), reward_funcs={"short": short}, train_dataset={"rl": rows}
+    )
+    assert trainer.train()["stages"][1]["name"] == "rl"
+    with pytest.raises(ValueError, match=r"names the stage\(s\) \['x'\]"):
+        Trainer(load_config(str(recipe), ["--output_dir", "runs/never"]), train_dataset={"x": rows})
