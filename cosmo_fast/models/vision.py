@@ -35,7 +35,7 @@ class Vision:
     Features are kept only while the tower is frozen; call :meth:`forget` when its weights may have changed.
     """
 
-    def __init__(self, policy: Policy, cache_mib: int = 512):
+    def __init__(self, policy: Policy, cache_mib: int = 1024):
         self.policy = policy
         self._patches = _ByteLRU(cache_mib << 20)
         self._grids: dict[str, torch.Tensor] = {}

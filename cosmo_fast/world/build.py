@@ -18,10 +18,12 @@ from cosmo_fast.world.questions import SINGLE, TASKS
 from cosmo_fast.world.requests import INTENTS, SIBLINGS
 
 VERSION = 1
+# Questions about one scene: more share pictures, fewer make more of them, and it is pictures that teach perception.
+QUESTIONS = 2
 HARMS = ("text", "image", "combination")
 # Rows a split: general questions, then safety rows of each (kind, policy) pair.
 SIZES = {
-    "train_general": 6000, "train_safety": 600, "rl_general": 2000, "rl_safety": 330,
+    "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 330,
     "validation_general": 300, "validation_safety": 50,
     "scenes_general": 540, "scenes_safety": 160, "held_general": 540, "held_safety": 90, "warn_share": 0.5,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
@@ -76,9 +78,9 @@ class _Writer:
         return row
 
     def variant(self) -> int:
-        """Jitters of single objects: training, validation and held-out splits share none."""
-        base = {"train": 0, "rl": 0, "rl_safety": 0, "validation": 8}.get(self.split, 16)
-        return base + int(self.rng.integers(8))
+        """The jitter of a picture: training, validation and held-out splits share none."""
+        base = {"train": 0, "rl": 0, "rl_safety": 0, "validation": 1}.get(self.split, 2)
+        return (base << 16) + int(self.rng.integers(1 << 16))
 
     def background(self) -> str:
         return str(self.rng.choice(list(BACKGROUNDS)))
@@ -98,9 +100,10 @@ def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bi
         if alone:
             scene = questions.single(str(rng.choice(list(THINGS))), writer.background(), writer.variant())
         else:
-            scene = questions.several(rng)
-        for task in SINGLE if alone else [task for task in TASKS if task not in SINGLE]:
-            question = questions.ask(task, scene, rng) if left[task] else None
+            scene = questions.several(rng, writer.variant())
+        tasks = [task for task in TASKS if (task in SINGLE) == alone and left[task]]
+        for task in rng.permutation(tasks).tolist()[:QUESTIONS]:
+            question = questions.ask(task, scene, rng)
             if question is None or bucket(question.combination) != where:
                 continue
             target = None if bias is None else question.target(bool(rng.random() < bias))

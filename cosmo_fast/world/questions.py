@@ -34,10 +34,10 @@ PHRASINGS: dict[str, tuple[list[str], list[str]]] = {
          "How many {As} and {Bs} do you see together?", "What is the number of {As} and {Bs} in all?"],
         ["Count the {As} and {Bs} in all.", "How many {As} and {Bs} are there together?"],
     ),
-    "more": (
-        ["How many {As} are there with {k} more?", "Count the {As} and add {k}.",
-         "What is the number of {As} with {k} more?", "How many {As} do you see if you add {k}?"],
-        ["Count the {As} with {k} more.", "How many {As} are there if you add {k}?"],
+    "total": (
+        ["How many objects are there in all?", "Count the objects.", "How many objects do you see together?",
+         "What is the number of objects?"],
+        ["Count the objects in the picture.", "How many objects are in the picture?"],
     ),
     "presence": (
         ["Is there {a}?", "Do you see {a}?", "Is {a} in the picture?", "Does the picture show {a}?"],
@@ -87,7 +87,7 @@ def single(name: str, background: str, variant: int, style: str = "colour") -> S
     return Scene(((name, -1),), background, variant, style)
 
 
-def several(rng: np.random.Generator) -> Scene:
+def several(rng: np.random.Generator, variant: int) -> Scene:
     """A scene of one to four small objects of at most two kinds, each in a quadrant of its own."""
     first, second = rng.choice(COUNTABLE, 2, replace=False).tolist()
     total = int(rng.integers(1, 5))
@@ -95,7 +95,7 @@ def several(rng: np.random.Generator) -> Scene:
     names = [first] * split + [second] * (total - split)
     quadrants = rng.permutation(4)[:total].tolist()
     places = tuple(sorted(zip(names, quadrants, strict=True), key=lambda place: place[1]))
-    return Scene(places, str(rng.choice(list(BACKGROUNDS))), int(rng.integers(1 << 16)))
+    return Scene(places, str(rng.choice(list(BACKGROUNDS))), variant)
 
 
 def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -120,10 +120,10 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
         return _question(scene, task, words, f"I see {THINGS[a].a} at the {answer}.", answer, a, [f"{a} {answer}"], [a])
     if task == "count":
         return _question(scene, task, {"As": THINGS[a].plural}, seen, str(counts[a]), a, visual, [a])
-    if task == "more":
-        k = int(rng.integers(1, 5))
-        words = {"As": THINGS[a].plural, "k": str(k)}
-        return _added(scene, task, words, seen, counts[a], k, f"{a}+{k}", visual, [a, str(k)])
+    if task == "total" and len(names) == 1:
+        return _question(scene, task, {}, seen, str(counts[a]), "", visual, ["objects"])
+    if task == "total":
+        return _added(scene, task, {}, seen, *counts.values(), "", visual, ["objects"])
     b = next((name for name in names if name != a), None)
     if b is None:
         return None
