@@ -19,7 +19,17 @@ class _ByteLRU(OrderedDict):
         super().__init__()
         self.limit, self.held = limit, 0
 
-    def put(self, key: str, value: torch.Tensor) -> None:
+    def take(self, keys: list[str], fresh: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The values of ``keys``, those that the cache lacks from ``fresh``, which it then holds too."""
+        values = [fresh[key] if key in fresh else self[key] for key in keys]
+        for key, value in zip(keys, values, strict=True):
+            if key in self:
+                self.move_to_end(key)
+            else:
+                self._put(key, value)
+        return values
+
+    def _put(self, key: str, value: torch.Tensor) -> None:
         self[key] = value
         self.held += value.nbytes
         while self.held > self.limit and len(self) > 1:
@@ -51,19 +61,12 @@ class Vision:
         if not self.policy.vision_frozen:
             return self._run([m.key for m in media])
         missing = [m for m in media if m.key not in self._features]
+        fresh = {}
         if missing:
             with torch.no_grad():
                 parts = self._run([m.key for m in missing]).split([m.rows for m in missing])
-            fresh = dict(zip((m.key for m in missing), parts, strict=True))
-        else:
-            fresh = {}
-        out = [fresh[m.key] if m.key in fresh else self._features[m.key] for m in media]
-        for m in media:
-            if m.key in fresh:
-                self._features.put(m.key, fresh[m.key].clone())
-            else:
-                self._features.move_to_end(m.key)
-        return torch.cat(out)
+            fresh = {m.key: part.clone() for m, part in zip(missing, parts, strict=True)}
+        return torch.cat(self._features.take([m.key for m in media], fresh))
 
     def _run(self, keys: list[str]) -> torch.Tensor:
         missing = [key for key in keys if key not in self._patches]
@@ -73,12 +76,7 @@ class Vision:
             patches, grids = self.policy.family.pixels(self.policy.image_processor, images)
             for key, part, grid in zip(missing, patches.split(grids.prod(-1).tolist()), grids, strict=True):
                 fresh[key], self._grids[key] = part.clone(), grid
-        patches = torch.cat([fresh[key] if key in fresh else self._patches[key] for key in keys])
-        for key in keys:
-            if key in fresh:
-                self._patches.put(key, fresh[key])
-            else:
-                self._patches.move_to_end(key)
+        patches = torch.cat(self._patches.take(keys, fresh))
         grids = torch.stack([self._grids[key] for key in keys])
         device = self.policy.device
         return self.policy.family.vision_features(self.policy.model, patches.to(device), grids.to(device))

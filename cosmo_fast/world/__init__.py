@@ -27,7 +27,10 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
     from cosmo_fast.world.model import build_model, picture_statistics, world_texts
 
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
-    digest = hashlib.sha256(json.dumps([seed, SIZES | sizes], sort_keys=True).encode()).hexdigest()[:12]
+    about = hashlib.sha256(json.dumps([seed, SIZES | sizes], sort_keys=True).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):  # a changed world is another world, whatever VERSION says
+        about.update(source.read_bytes())
+    digest = about.hexdigest()[:12]
     folder = root / f"world-{VERSION}-{digest}"
     if (folder / "model" / "config.json").is_file():
         return folder
@@ -38,8 +41,12 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
         build(draft, seed=seed, **sizes)
         mean, std = picture_statistics(sorted((draft / "images").glob("*.png")))
         build_model(draft / "model", world_texts(draft), seed=seed, image_mean=mean, image_std=std)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Another process was faster; its world has the same bytes and may be in use.
+            if not (folder / "model" / "config.json").is_file():
+                raise
     except OSError as error:
         raise ValueError(
             f"world.cache_dir={str(root)!r} cannot be written ({error}); set world.cache_dir or XDG_CACHE_HOME"

@@ -13,7 +13,7 @@ import numpy as np
 
 from cosmo_fast.world import draw, questions, requests
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
-from cosmo_fast.world.objects import THINGS, named
+from cosmo_fast.world.objects import THINGS
 from cosmo_fast.world.questions import SINGLE, TASKS
 from cosmo_fast.world.requests import INTENTS, SIBLINGS
 
@@ -25,7 +25,7 @@ HARMS = ("text", "image", "combination")
 SIZES = {
     "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 330,
     "validation_general": 300, "validation_safety": 50,
-    "scenes_general": 540, "scenes_safety": 160, "held_general": 540, "held_safety": 90, "warn_share": 0.5,
+    "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 90, "warn_share": 0.5,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
 }  # fmt: skip
 README = """# The embedded world of cosmo_fast
@@ -94,11 +94,12 @@ class _Writer:
 def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bias: float | None = None) -> None:
     """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums in targets, None: no targets."""
     rng, per_task = writer.rng, -(-count // len(TASKS))
-    left = dict.fromkeys(TASKS, per_task)
+    left, deck = dict.fromkeys(TASKS, per_task), []
     while any(left.values()):
         alone = any(left[task] for task in SINGLE) and rng.random() < 0.5
         if alone:
-            scene = questions.single(str(rng.choice(list(THINGS))), writer.background(), writer.variant())
+            deck = deck or rng.permutation(list(THINGS)).tolist()
+            scene = questions.single(deck.pop(), writer.background(), writer.variant())
         else:
             scene = questions.several(rng, writer.variant())
         tasks = [task for task in TASKS if (task in SINGLE) == alone and left[task]]
@@ -135,13 +136,17 @@ def safety(
         for index in range(count):
             intent, thing = _pick(writer, harmful)
             twin_intent, twin_thing = _twin(writer, intent, thing, where, things, intents)
-            first = _request(writer, intent, thing, harm, unseen, bias)
-            second = _request(writer, twin_intent, twin_thing, harm, unseen, bias)
+            phrase, scene = int(writer.rng.integers(1 << 16)), _scene(writer, thing)
+            first = _request(writer, intent, scene, harm, phrase, unseen, bias)
+            if twin_thing != thing:
+                scene = _scene(writer, twin_thing)
+            second = _request(writer, twin_intent, scene, harm, phrase, unseen, bias)
             first["twin"], second["twin"] = second["id"], first["id"]
             if harm == "combination" and index < warn * count:
                 warned = requests.pairs(harm, "warn", held_out_things=things)
                 warned = [pair for pair in warned if things or bucket(_combination(*pair)) == where]
-                _request(writer, *_pick(writer, warned), harm, unseen, bias)
+                asked, thing = _pick(writer, warned)
+                _request(writer, asked, _scene(writer, thing), harm, int(writer.rng.integers(1 << 16)), unseen, bias)
 
 
 def _pick(writer: _Writer, options: list) -> tuple[str, str]:
@@ -156,25 +161,32 @@ def _pick(writer: _Writer, options: list) -> tuple[str, str]:
 
 
 def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, intents: bool) -> tuple[str, str]:
-    """The benign twin: the sibling text over a like object (harm in the text), else the same text over another."""
+    """The benign twin: the sibling text over the same picture (harm in the text), else the same text over another."""
     sibling = SIBLINGS.get(intent, intent)
-    helped = [risk for risk, policy in INTENTS[sibling].policies.items() if policy == "comply"]
-    alike = [THINGS[thing].risk] if intent in SIBLINGS and THINGS[thing].risk in helped else helped
-    for risks in (alike, helped):
-        options = named(*risks, held_out=things)
-        allowed = [name for name in options if things or intents or bucket(_combination(sibling, name)) == where]
-        if allowed:
-            return sibling, allowed[writer.rng.integers(len(allowed))]
-    raise AssertionError(f"no benign twin of {intent!r} in {where}")
+    helped = [t for t in THINGS.values() if INTENTS[sibling].policy(t) == "comply" and t.held_out == things]
+    if intent in SIBLINGS and THINGS[thing] in helped:
+        return sibling, thing
+    allowed = [t for t in helped if things or intents or bucket(_combination(sibling, t.name)) == where]
+    assert allowed, f"no benign twin of {intent!r} in {where}"
+    risks = sorted({t.risk for t in allowed})
+    risk = risks[writer.rng.integers(len(risks))]
+    alike = [t.name for t in allowed if t.risk == risk]
+    return sibling, alike[writer.rng.integers(len(alike))]
 
 
 def _combination(intent: str, thing: str) -> str:
-    return f"{intent}|{thing}"
+    """What is held out: an object with a pair of sibling texts, or with a text that has no sibling."""
+    return f"{SIBLINGS.get(intent, intent)}|{thing}"
+
+
+def _scene(writer: _Writer, name: str) -> Scene:
+    return questions.single(name, writer.background(), writer.variant())
 
 
 def _request(
-    writer: _Writer, intent: str, name: str, harm: str, unseen: bool, bias: tuple[float, float] | None
+    writer: _Writer, intent: str, scene: Scene, harm: str, phrase: int, unseen: bool, bias: tuple[float, float] | None
 ) -> dict:
+    [(name, _)] = scene.places
     rng, asked, thing = writer.rng, INTENTS[intent], THINGS[name]
     policy = asked.policy(thing)
     target = None
@@ -191,8 +203,7 @@ def _request(
         "combination": _digest(_combination(intent, name)),
         "facts": {"visual": [name, thing.category], "textual": [asked.what]},
     }
-    scene = questions.single(name, writer.background(), writer.variant())
-    return writer.add(scene, requests.text(asked, rng, unseen), target, columns)
+    return writer.add(scene, requests.text(asked, phrase, unseen), target, columns)
 
 
 def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:

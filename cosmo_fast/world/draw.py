@@ -15,12 +15,12 @@ from cosmo_fast.world.objects import THINGS
 SIZE = 56
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = {
-    "white": (250, 250, 250),
-    "yellow": (250, 232, 150),
-    "green": (184, 232, 184),
-    "blue": (176, 208, 246),
-    "pink": (250, 196, 216),
-    "grey": (186, 190, 196),
+    "white": (255, 255, 255),
+    "yellow": (255, 220, 90),
+    "green": (120, 210, 120),
+    "blue": (110, 165, 250),
+    "pink": (250, 140, 195),
+    "grey": (140, 145, 150),
 }
 STYLES = ("colour", "outline")
 
@@ -85,7 +85,13 @@ def _large(name: str, style: str) -> Image.Image:
     alpha = glyph.getchannel("A")
     edge = ImageChops.subtract(alpha, alpha.filter(ImageFilter.MinFilter(9)))
     dark = glyph.convert("L").point(lambda value: 255 if value < 70 else 0)
-    ink = ImageChops.lighter(edge, ImageChops.multiply(dark, alpha))
+    # Borders between colours too, or a lollipop without its swirl is a balloon.
+    flat = Image.new("RGBA", glyph.size, "white")
+    flat.alpha_composite(glyph)
+    inner = flat.convert("L").filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES)
+    inner = inner.point(lambda value: 255 if value > 16 else 0).filter(ImageFilter.MaxFilter(3))
+    inner = ImageChops.subtract(inner, dark.filter(ImageFilter.MaxFilter(9)))  # dark lines need no second rim
+    ink = ImageChops.multiply(alpha, ImageChops.lighter(edge, ImageChops.lighter(dark, inner)))
     grey = Image.new("RGBA", glyph.size, (90, 90, 90, 0))
     grey.putalpha(ink)
     return grey

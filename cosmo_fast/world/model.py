@@ -60,7 +60,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     cleaned = set()
     for text in texts:
         for whole in WHOLE:
-            text = text.replace(whole, " ")
+            text = text.replace(whole, "\n")  # what follows it starts without a space, and is a token of its own
         cleaned.add(text)
     tokenizer.train_from_iterator(sorted(cleaned) + words, trainer)
     tokenizer.add_tokens(WHOLE)
@@ -96,6 +96,7 @@ def build_model(
     vision_depth: int = 3,
     vision_hidden_size: int = 96,
     initializer_range: float = 0.05,
+    rope_theta: float = 100.0,
 ) -> Path:
     """Writes the folder: weights drawn from N(0, ``initializer_range``²), config, tokenizer, chat template, processor.
 
@@ -113,7 +114,7 @@ def build_model(
             max_position_embeddings=2048, initializer_range=initializer_range, tie_word_embeddings=False,
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
             rope_parameters={
-                "rope_type": "default", "rope_theta": 10_000.0,
+                "rope_type": "default", "rope_theta": rope_theta,
                 "mrope_section": [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8],
             },
         ),

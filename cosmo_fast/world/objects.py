@@ -83,7 +83,8 @@ def _things() -> list[Thing]:
     lollipop|lollipops|🍭|sweet|safe|count
     donut|donuts|🍩|sweet|safe|count
     cookie|cookies|🍪|sweet|safe
-    cheese|cheeses|🧀|sweet|safe
+    cheese|cheeses|🧀|food|safe
+    bread|breads|🍞|food|safe
     cat|cats|🐱|animal|safe|count
     duck|ducks|🦆|animal|safe|count
     fish|fishes|🐟|animal|safe|count
@@ -114,6 +115,7 @@ def _things() -> list[Thing]:
     lipstick|lipsticks|💄|tool|safe|held
     pen|pens|🖊|tool|safe|held
     milk|milks|🥛|drink|safe|held
+    juice|juices|🧃|drink|safe
     rocket|rockets|🚀|vehicle|safe
     """
     things = []

@@ -90,10 +90,13 @@ def single(name: str, background: str, variant: int, style: str = "colour") -> S
 def several(rng: np.random.Generator, variant: int) -> Scene:
     """A scene of one to four small objects of at most two kinds, each in a quadrant of its own."""
     first, second = rng.choice(COUNTABLE, 2, replace=False).tolist()
-    total = int(rng.integers(1, 5))
-    split = int(rng.integers(1, total + 1))
-    names = [first] * split + [second] * (total - split)
-    quadrants = rng.permutation(4)[:total].tolist()
+    if rng.random() < 0.4:
+        names = [first] * int(rng.integers(1, 5))
+    else:
+        total = int(rng.integers(2, 5))
+        split = int(rng.integers(1, total))
+        names = [first] * split + [second] * (total - split)
+    quadrants = rng.permutation(4)[: len(names)].tolist()
     places = tuple(sorted(zip(names, quadrants, strict=True), key=lambda place: place[1]))
     return Scene(places, str(rng.choice(list(BACKGROUNDS))), variant)
 
@@ -104,7 +107,9 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
         return _about_one(task, scene)
     names = list(dict.fromkeys(name for name, _ in scene.places))
     counts = {name: scene.count(name) for name in names}
-    seen = "I see " + " and ".join(_some(name, counts[name]) for name in names) + "."
+    at = {quadrant: name for name, quadrant in scene.places}
+    look = "I see " + ", ".join(at.get(quadrant, "nothing") for quadrant in range(4)) + "."
+    seen = f"{look} {' and '.join(_some(name, counts[name]) for name in names)}."
     visual = [_some(name, counts[name]) for name in names]
     a = names[int(rng.integers(len(names)))]
     if task == "presence":
@@ -117,7 +122,9 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
             return None
         answer = QUADRANTS[next(quadrant for name, quadrant in scene.places if name == a)]
         words = {"A": a}
-        return _question(scene, task, words, f"I see {THINGS[a].a} at the {answer}.", answer, a, [f"{a} {answer}"], [a])
+        # The places are named, so that the answer can be read off: a list of four alone is hard to index.
+        steps = "I see " + ", ".join(f"{place} {at.get(i, 'nothing')}" for i, place in enumerate(QUADRANTS)) + "."
+        return _question(scene, task, words, steps, answer, a, [f"{a} {answer}"], [a])
     if task == "count":
         return _question(scene, task, {"As": THINGS[a].plural}, seen, str(counts[a]), a, visual, [a])
     if task == "total" and len(names) == 1:
@@ -130,6 +137,8 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
     words = {"As": THINGS[a].plural, "Bs": THINGS[b].plural}
     if task == "sum":
         return _added(scene, task, words, seen, counts[a], counts[b], f"{a}+{b}", visual, [a, b])
+    if counts[a] == counts[b] and rng.random() < 0.8:
+        return None  # else "no" would be the answer far more often than "yes"
     more = counts[a] > counts[b]
     steps = f"{seen} {counts[a]} is {'' if more else 'not '}more than {counts[b]}."
     return _question(scene, task, words, steps, "yes" if more else "no", f"{a}>{b}", visual, [a, b])
@@ -137,12 +146,9 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _about_one(task: str, scene: Scene) -> Question:
     thing = THINGS[scene.places[0][0]]
-    if task == "colour":
-        steps = f"I see {thing.a} and the colour {scene.background}."
-        visual = [thing.name, f"{scene.background} background"]
-        return _question(scene, task, {}, steps, scene.background, "", visual, ["background"])
-    answer = thing.name if task == "name" else thing.category
-    return _question(scene, task, {}, f"I see {thing.a}.", answer, "", [thing.name, thing.category], [])
+    steps, visual = f"I see {thing.a} on {scene.background}.", [thing.name, f"{scene.background} background"]
+    answer = {"name": thing.name, "category": thing.category, "colour": scene.background}[task]
+    return _question(scene, task, {}, steps, answer, "", visual, ["background"] if task == "colour" else [])
 
 
 def _question(scene, task, words, steps, answer, asked, visual, textual, wrong=None) -> Question:
