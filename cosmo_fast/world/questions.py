@@ -25,34 +25,33 @@ PHRASINGS: dict[str, tuple[list[str], list[str]]] = {
          "What is the colour of the background?"],
         ["Which colour is the background?", "What is the colour behind the object?"],
     ),
-    "count": (
-        ["How many {As} are there?", "How many {As} do you see?", "Count the {As}.", "What is the number of {As}?"],
-        ["How many {As} are in the picture?", "Name the number of {As}."],
-    ),
-    "sum": (
-        ["How many {As} and {Bs} are there in all?", "Count the {As} and {Bs} together.",
-         "How many {As} and {Bs} do you see together?", "What is the number of {As} and {Bs} in all?"],
-        ["Count the {As} and {Bs} in all.", "How many {As} and {Bs} are there together?"],
-    ),
-    "total": (
-        ["How many objects are there in all?", "Count the objects.", "How many objects do you see together?",
-         "What is the number of objects?"],
-        ["Count the objects in the picture.", "How many objects are in the picture?"],
-    ),
     "presence": (
         ["Is there {a}?", "Do you see {a}?", "Is {a} in the picture?", "Does the picture show {a}?"],
         ["Is there {a} in the picture?", "Do you see {a} in the picture?"],
     ),
-    "position": (
-        ["Where is the {A}?", "Where do you see the {A}?", "In which corner is the {A}?",
-         "Name the corner of the {A}."],
-        ["In which corner do you see the {A}?", "Where in the picture is the {A}?"],
+    "count": (
+        ["How many times do you see {a}?", "How many times is there {a}?", "Count how many times there is {a}.",
+         "Tell me how many times the picture shows {a}."],
+        ["Tell me how many times you see {a}.", "Count how many times the picture shows {a}."],
     ),
-    "compare": (
-        ["Are there more {As} than {Bs}?", "Do you see more {As} than {Bs}?",
-         "Does the picture show more {As} than {Bs}?",
-         "Is the number of {As} more than the number of {Bs}?"],
-        ["Are more {As} than {Bs} in the picture?", "Do you see more {As} than {Bs} in the picture?"],
+    "sum": (
+        ["How many times do you see {a} or {b}?", "How many times is there {a} or {b}?",
+         "Count how many times there is {a} or {b}.", "Tell me how many times the picture shows {a} or {b}."],
+        ["Tell me how many times you see {a} or {b}.", "Count how many times the picture shows {a} or {b}."],
+    ),
+    "total": (
+        ["How many objects are there?", "Count the objects.", "How many objects do you see?",
+         "What is the number of objects?"],
+        ["Count the objects in the picture.", "How many objects are in the picture?"],
+    ),
+    "position": (
+        ["Where is {a}?", "Where do you see {a}?", "In which corner is {a}?", "Name the corner with {a}."],
+        ["In which corner do you see {a}?", "Where in the picture is {a}?"],
+    ),
+    "place": (
+        ["What is at the {place}?", "What do you see at the {place}?", "Which object is at the {place}?",
+         "Name the object at the {place}."],
+        ["Which object do you see at the {place}?", "Tell me what is at the {place}."],
     ),
 }  # fmt: skip
 SINGLE = ("name", "category", "colour")
@@ -88,14 +87,9 @@ def single(name: str, background: str, variant: int, style: str = "colour") -> S
 
 
 def several(rng: np.random.Generator, variant: int) -> Scene:
-    """A scene of one to four small objects of at most two kinds, each in a quadrant of its own."""
-    first, second = rng.choice(COUNTABLE, 2, replace=False).tolist()
-    if rng.random() < 0.4:
-        names = [first] * int(rng.integers(1, 5))
-    else:
-        total = int(rng.integers(2, 5))
-        split = int(rng.integers(1, total))
-        names = [first] * split + [second] * (total - split)
+    """A scene of one to four small objects of at most three kinds, each in a quadrant of its own."""
+    kinds = rng.choice(COUNTABLE, int(rng.integers(1, 4)), replace=False).tolist()
+    names = [kinds[rng.integers(len(kinds))] for _ in range(rng.integers(1, 5))]
     quadrants = rng.permutation(4)[: len(names)].tolist()
     places = tuple(sorted(zip(names, quadrants, strict=True), key=lambda place: place[1]))
     return Scene(places, str(rng.choice(list(BACKGROUNDS))), variant)
@@ -106,64 +100,67 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
     if task in SINGLE:
         return _about_one(task, scene)
     names = list(dict.fromkeys(name for name, _ in scene.places))
-    counts = {name: scene.count(name) for name in names}
     at = {quadrant: name for name, quadrant in scene.places}
-    look = "I see " + ", ".join(at.get(quadrant, "nothing") for quadrant in range(4)) + "."
-    seen = f"{look} {' and '.join(_some(name, counts[name]) for name in names)}."
-    visual = [_some(name, counts[name]) for name in names]
     a = names[int(rng.integers(len(names)))]
-    if task == "presence":
-        asked = a if rng.random() < 0.5 else str(rng.choice([n for n in COUNTABLE if n not in names]))
-        answer = "yes" if asked in names else "no"
-        steps = f"{seen} There is {'' if answer == 'yes' else 'not '}{THINGS[asked].a}."
-        return _question(scene, task, {"a": THINGS[asked].a}, steps, answer, asked, visual, [asked])
-    if task == "position":
-        if counts[a] != 1:
-            return None
-        answer = QUADRANTS[next(quadrant for name, quadrant in scene.places if name == a)]
-        words = {"A": a}
-        # The places are named, so that the answer can be read off: a list of four alone is hard to index.
-        steps = "I see " + ", ".join(f"{place} {at.get(i, 'nothing')}" for i, place in enumerate(QUADRANTS)) + "."
-        return _question(scene, task, words, steps, answer, a, [f"{a} {answer}"], [a])
-    if task == "count":
-        return _question(scene, task, {"As": THINGS[a].plural}, seen, str(counts[a]), a, visual, [a])
-    if task == "total" and len(names) == 1:
-        return _question(scene, task, {}, seen, str(counts[a]), "", visual, ["objects"])
     if task == "total":
-        return _added(scene, task, {}, seen, *counts.values(), "", visual, ["objects"])
-    b = next((name for name in names if name != a), None)
-    if b is None:
-        return None
-    words = {"As": THINGS[a].plural, "Bs": THINGS[b].plural}
-    if task == "sum":
-        return _added(scene, task, words, seen, counts[a], counts[b], f"{a}+{b}", visual, [a, b])
-    if counts[a] == counts[b] and rng.random() < 0.8:
-        return None  # else "no" would be the answer far more often than "yes"
-    more = counts[a] > counts[b]
-    steps = f"{seen} {counts[a]} is {'' if more else 'not '}more than {counts[b]}."
-    return _question(scene, task, words, steps, "yes" if more else "no", f"{a}>{b}", visual, [a, b])
+        return _counted(scene, task, {}, _list(at), len(scene.places), [])
+    if task == "place":
+        quadrant = sorted(at)[int(rng.integers(len(at)))]
+        words = {"place": QUADRANTS[quadrant]}
+        return _question(
+            scene, task, words, _list(at, places=True), at[quadrant], QUADRANTS[quadrant], [QUADRANTS[quadrant]]
+        )
+    absent = [name for name in COUNTABLE if name not in names]
+    if task == "presence":
+        asked = a if rng.random() < 0.5 else str(rng.choice(absent))
+        return _question(
+            scene, task, {"a": THINGS[asked].a}, _list(at, [asked]), "yes" if asked in names else "no", asked, [asked]
+        )
+    if task == "position":
+        if scene.count(a) != 1:
+            return None
+        answer = QUADRANTS[next(quadrant for quadrant, name in at.items() if name == a)]
+        return _question(scene, task, {"a": THINGS[a].a}, _list(at, [a], places=True), answer, a, [a])
+    if task == "count":
+        words = {"a": THINGS[a].a}
+        return _question(scene, task, words, _list(at, [a]), str(scene.count(a)), a, [a])
+    b = str(rng.choice([name for name in names if name != a] or absent))
+    words = {"a": THINGS[a].a, "b": THINGS[b].a}
+    return _counted(scene, task, words, _list(at, [a, b]), scene.count(a) + scene.count(b), [a, b])
+
+
+def _list(at: dict[int, str], wanted: list[str] | None = None, places: bool = False) -> str:
+    """What stands in the quadrants, in their order; whether it is ``wanted`` beside it, its place before it.
+
+    Each word can be told from the picture and a few words before it, so that a small model learns to reason by it.
+    """
+    items = []
+    for quadrant, place in enumerate(QUADRANTS):
+        name = at.get(quadrant, "nothing")
+        mark = "" if wanted is None else " yes" if name in wanted else " no"
+        items.append(f"{place + ' ' if places else ''}{name}{mark}")
+    look = f"I look for {' or '.join(THINGS[name].a for name in wanted)}. " if wanted else "I see "
+    return f"{look}{', '.join(items)}."
 
 
 def _about_one(task: str, scene: Scene) -> Question:
     thing = THINGS[scene.places[0][0]]
-    steps, visual = f"I see {thing.a} on {scene.background}.", [thing.name, f"{scene.background} background"]
     answer = {"name": thing.name, "category": thing.category, "colour": scene.background}[task]
-    return _question(scene, task, {}, steps, answer, "", visual, ["background"] if task == "colour" else [])
+    steps = f"I see {thing.a} on {scene.background}."
+    return _question(scene, task, {}, steps, answer, "", ["background"] if task == "colour" else [])
 
 
-def _question(scene, task, words, steps, answer, asked, visual, textual, wrong=None) -> Question:
-    content = sorted((name, quadrant) for name, quadrant in scene.places)
-    if task not in ("position", *SINGLE):
-        content = sorted(name for name, _ in scene.places)
+def _question(scene, task, words, steps, answer, asked, textual, wrong=None) -> Question:
+    content = sorted(scene.places) if task in ("position", "place") else sorted(name for name, _ in scene.places)
     background = scene.background if task in SINGLE else ""
     combination = f"{task}|{asked}|{content}|{background}"
+    if task in SINGLE:
+        visual = [scene.places[0][0], f"{scene.background} background"]
+    else:
+        visual = [f"{name} {QUADRANTS[quadrant]}" for name, quadrant in scene.places]
     return Question(scene, task, words, steps, answer, combination, wrong, visual, textual)
 
 
-def _added(scene, task, words, seen, x, y, asked, visual, textual) -> Question:
-    wrong = (f"{seen} {x} + {y} = {x + y + 1}.", str(x + y + 1))
-    return _question(scene, task, words, f"{seen} {x} + {y} = {x + y}.", str(x + y), asked, visual, textual, wrong)
-
-
-def _some(name: str, count: int) -> str:
-    return f"{count} {name if count == 1 else THINGS[name].plural}"
+def _counted(scene, task, words, steps, number, wanted) -> Question:
+    wrong = (f"{steps} {number + 1}.", str(number + 1))
+    return _question(scene, task, words, f"{steps} {number}.", str(number), "+".join(sorted(wanted)), wanted, wrong)
