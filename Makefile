@@ -1,4 +1,4 @@
-# make demo | test | lint | kernels-check | dist. ARGS is passed on: make test ARGS="-k packed", make demo ARGS="--seed 1".
+# make demo | test | reproduce | lint | kernels-check | dist. ARGS is passed on: make test ARGS="-k packed", make demo ARGS="--seed 1".
 # Everything lives in .venv; a second run installs nothing. PIP_* variables and pip's configuration are honoured:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install    takes the small CPU build of torch.
 PYTHON ?= python3
@@ -7,7 +7,7 @@ ARGS ?=
 RUN = .venv/bin/python
 export CXX
 
-.PHONY: venv install install-dev demo test lint kernels-check abi-check dist clean check-machine
+.PHONY: venv install install-dev demo reproduce test lint kernels-check abi-check dist clean check-machine
 
 install: .venv/.built
 install-dev: .venv/.dev .venv/.built
@@ -15,6 +15,15 @@ venv: .venv/.created
 
 demo: install
 	$(RUN) -m cosmo_fast.train --config demo $(ARGS)
+
+# The demo's figures in README.md: three seeds, then the tables are written from their summaries.
+reproduce: install
+	for seed in 0 1 2; do \
+	  $(RUN) -m cosmo_fast.train --config demo --seed $$seed --output_dir runs/reproduce-$$seed $(ARGS) || exit 1; \
+	  cp runs/reproduce-$$seed/summary.json benchmarks/results/demo-seed-$$seed.json; \
+	done
+	cp runs/reproduce-0/plots/overview.png benchmarks/results/demo-seed-0.png
+	$(RUN) benchmarks/plot.py
 
 test: install-dev
 	$(RUN) -m pytest -q $(ARGS)

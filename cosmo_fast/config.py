@@ -131,9 +131,9 @@ class EvalConfig(_Strict):
 
 
 class WorldConfig(_Strict):
-    """The embedded world that ``world:`` paths name; it is built once a seed and size."""
+    """The embedded world that ``world:`` paths name; it is built once a seed and size. ``seed``: by default the run's."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0)
     sizes: dict[str, float] = Field(default_factory=dict)
     cache_dir: str | None = None
 

@@ -19,8 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="recipe file, or a shipped recipe such as demo")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
     known, overrides = parser.parse_known_args(arguments)
+    from transformers.utils import logging
+
     from cosmo_fast.config import load_config
     from cosmo_fast.trainer import Trainer
+
+    logging.disable_progress_bar()
 
     try:
         trainer = Trainer(load_config(known.config, overrides))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 import shutil
 import time
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 
 from cosmo_fast import checkpoint as ckpt
@@ -102,7 +105,7 @@ class Trainer:
             if self.resume
             else {"stage_index": 0, "step": 0, "global_step": 0, "summary": []}
         )
-        self.summary = {"seed": config.seed, "stages": state["summary"]}
+        self.summary = {"seed": config.seed, "stages": state["summary"], "environment": environment()}
         self.global_step = state["global_step"]
         metrics = self.output_dir / "metrics.jsonl"
         self.log = report.MetricsWriter(metrics, resume_step=self.global_step if self.resume else None)
@@ -205,6 +208,19 @@ class Trainer:
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
 
 
+def environment() -> dict[str, str]:
+    """What a run's figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return {"device": device, "threads": str(torch.get_num_threads()), "versions": versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def learning_rate(stage: StageConfig, step: int) -> float:
     """The rate of step ``step`` (from 0): linear warm-up, then constant, linear to 0 or half a cosine to 0."""
     if step < stage.warmup_steps:
@@ -242,7 +258,8 @@ def _world_resolver(config: Config):
         if not root:
             from cosmo_fast.world import ensure_world
 
-            root.append(ensure_world(seed=config.world.seed, cache_dir=config.world.cache_dir, **config.world.sizes))
+            seed = config.seed if config.world.seed is None else config.world.seed
+            root.append(ensure_world(seed=seed, cache_dir=config.world.cache_dir, **config.world.sizes))
         return str(root[0] / name.removeprefix("world:"))
 
     return resolve

@@ -45,7 +45,7 @@ Seed {seed}, version {version}.
 
 def bucket(combination: str) -> str:
     """Where a combination of content may occur: train, validation or held_out, by its hash."""
-    return {0: "held_out", 1: "validation"}.get(int(_digest(combination), 16) % 5, "train")
+    return {0: "held_out", 1: "validation"}.get(int(_digest(combination), 16) % 8, "train")
 
 
 def _digest(text: str) -> str:

@@ -21,21 +21,22 @@ DANGERS = {
 class Thing:
     """An object. ``risk``: "safe", "dual" (harmful in some places or hands) or "forbidden" (nothing to help with).
 
-    ``countable``: drawn in scenes of several objects. ``held_out``: in no safety row of training.
+    ``countable``: drawn in scenes of several objects. ``held_out``: in no safety row of training. ``mass``: a word
+    without an article.
     """
 
     name: str
-    plural: str
     glyph: str
     category: str
     risk: str = "safe"
     countable: bool = False
     held_out: bool = False
+    mass: bool = False
 
     @property
     def a(self) -> str:
         """With its article."""
-        if self.name == self.plural:
+        if self.mass:
             return self.name
         return ("an " if self.name[0] in "aeiou" else "a ") + self.name
 
@@ -47,82 +48,83 @@ class Thing:
 
 def _things() -> list[Thing]:
     table = """
-    dagger|daggers|🗡|weapon|forbidden
-    pistol|pistols|🔫|weapon|forbidden
-    bow|bows|🏹|weapon|forbidden
-    bomb|bombs|💣|explosive|forbidden
-    trident|tridents|🔱|weapon|forbidden
-    poison|poisons|☠|poison|forbidden
-    biohazard|biohazards|☣|poison|forbidden
-    barrel|barrels|🛢|poison|forbidden
-    scorpion|scorpions|🦂|beast|forbidden
-    snake|snakes|🐍|beast|forbidden
-    swords|swords|⚔|weapon|forbidden|held
-    firecracker|firecrackers|🧨|explosive|forbidden|held
-    knife|knives|🔪|blade|dual
-    axe|axes|🪓|blade|dual
-    scissors|scissors|✂|blade|dual
-    saw|saws|🪚|blade|dual
-    razor|razors|🪒|blade|dual
-    candle|candles|🕯|fire|dual
-    flame|flames|🔥|fire|dual
-    pill|pills|💊|medicine|dual
-    mushroom|mushrooms|🍄|poison|dual
-    cigarette|cigarettes|🚬|drug|dual
-    beer|beers|🍺|drug|dual
-    wine|wines|🍷|drug|dual
-    syringe|syringes|💉|medicine|dual|held
-    whiskey|whiskeys|🥃|drug|dual|held
-    apple|apples|🍎|fruit|safe|count
-    banana|bananas|🍌|fruit|safe|count
-    grape|grapes|🍇|fruit|safe|count
-    lemon|lemons|🍋|fruit|safe|count
-    strawberry|strawberries|🍓|fruit|safe|count
-    carrot|carrots|🥕|vegetable|safe|count
-    candy|candies|🍬|sweet|safe
-    lollipop|lollipops|🍭|sweet|safe|count
-    donut|donuts|🍩|sweet|safe|count
-    cookie|cookies|🍪|sweet|safe
-    cheese|cheeses|🧀|food|safe
-    bread|breads|🍞|food|safe
-    cat|cats|🐱|animal|safe|count
-    duck|ducks|🦆|animal|safe|count
-    fish|fishes|🐟|animal|safe|count
-    frog|frogs|🐸|animal|safe|count
-    butterfly|butterflies|🦋|animal|safe|count
-    turtle|turtles|🐢|animal|safe
-    bear|bears|🧸|toy|safe|count
-    kite|kites|🪁|toy|safe|count
-    balloon|balloons|🎈|toy|safe|count
-    ball|balls|⚽|toy|safe|count
-    dice|dice|🎲|toy|safe|count
-    hat|hats|🎩|clothing|safe|count
-    sock|socks|🧦|clothing|safe
-    crown|crowns|👑|clothing|safe|count
-    car|cars|🚗|vehicle|safe
-    bike|bikes|🚲|vehicle|safe
-    boat|boats|⛵|vehicle|safe
-    tree|trees|🌳|plant|safe|count
-    tulip|tulips|🌷|plant|safe
-    guitar|guitars|🎸|instrument|safe
-    bell|bells|🔔|instrument|safe|count
-    key|keys|🔑|tool|safe|count
-    lamp|lamps|🔦|tool|safe
-    book|books|📖|tool|safe|count
-    umbrella|umbrellas|☂|tool|safe|count
-    cup|cups|☕|tool|safe
-    cutlery|cutlery|🍴|tool|safe|held
-    lipstick|lipsticks|💄|tool|safe|held
-    pen|pens|🖊|tool|safe|held
-    milk|milks|🥛|drink|safe|held
-    juice|juices|🧃|drink|safe
-    rocket|rockets|🚀|vehicle|safe
+    dagger|🗡|weapon|forbidden
+    pistol|🔫|weapon|forbidden
+    bow|🏹|weapon|forbidden
+    bomb|💣|explosive|forbidden
+    trident|🔱|weapon|forbidden
+    poison|☠|poison|forbidden
+    biohazard|☣|poison|forbidden
+    barrel|🛢|poison|forbidden
+    scorpion|🦂|beast|forbidden
+    snake|🐍|beast|forbidden
+    swords|⚔|weapon|forbidden|held|mass
+    firecracker|🧨|explosive|forbidden|held
+    knife|🔪|blade|dual
+    axe|🪓|blade|dual
+    scissors|✂|blade|dual|mass
+    saw|🪚|blade|dual
+    razor|🪒|blade|dual
+    candle|🕯|fire|dual
+    flame|🔥|fire|dual
+    pill|💊|medicine|dual
+    mushroom|🍄|poison|forbidden
+    cigarette|🚬|drug|dual
+    beer|🍺|drug|dual
+    wine|🍷|drug|dual
+    cocktail|🍸|drug|dual
+    syringe|💉|medicine|dual|held
+    whiskey|🥃|drug|dual|held
+    apple|🍎|fruit|safe|count
+    banana|🍌|fruit|safe|count
+    grape|🍇|fruit|safe|count
+    lemon|🍋|fruit|safe|count
+    strawberry|🍓|fruit|safe|count
+    carrot|🥕|vegetable|safe|count
+    candy|🍬|sweet|safe
+    lollipop|🍭|sweet|safe|count
+    donut|🍩|sweet|safe|count
+    cookie|🍪|sweet|safe
+    cheese|🧀|food|safe
+    bread|🍞|food|safe
+    cat|🐱|animal|safe|count
+    duck|🦆|animal|safe|count
+    fish|🐟|animal|safe|count
+    frog|🐸|animal|safe|count
+    butterfly|🦋|animal|safe|count
+    turtle|🐢|animal|safe
+    bear|🧸|toy|safe|count
+    kite|🪁|toy|safe|count
+    balloon|🎈|toy|safe|count
+    ball|⚽|toy|safe|count
+    dice|🎲|toy|safe|count|mass
+    hat|🎩|clothing|safe|count
+    sock|🧦|clothing|safe
+    crown|👑|clothing|safe|count
+    car|🚗|vehicle|safe
+    bike|🚲|vehicle|safe
+    boat|⛵|vehicle|safe
+    tree|🌳|plant|safe|count
+    tulip|🌷|plant|safe
+    guitar|🎸|instrument|safe
+    bell|🔔|instrument|safe|count
+    key|🔑|tool|safe|count
+    lamp|🔦|tool|safe
+    book|📖|tool|safe|count
+    umbrella|☂|tool|safe|count
+    cup|☕|tool|safe
+    cutlery|🍴|tool|safe|held|mass
+    lipstick|💄|tool|safe|held
+    pen|🖊|tool|safe|held
+    milk|🥛|drink|safe|held
+    juice|🧃|drink|safe
+    rocket|🚀|vehicle|safe
     """
     things = []
     for line in table.split("\n"):
         if line.strip():
-            name, plural, glyph, category, risk, *marks = line.strip().split("|")
-            things.append(Thing(name, plural, glyph, category, risk, "count" in marks, "held" in marks))
+            name, glyph, category, risk, *marks = line.strip().split("|")
+            things.append(Thing(name, glyph, category, risk, *(mark in marks for mark in ("count", "held", "mass"))))
     return things
 
 
