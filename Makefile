@@ -2,7 +2,9 @@
 # Everything lives in .venv; a second run installs nothing. PIP_* variables and pip's configuration are honoured:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install    takes the small CPU build of torch.
 PYTHON ?= python3
-CXX ?= c++
+ifeq ($(origin CXX),default)
+CXX = c++
+endif
 ARGS ?=
 RUN = .venv/bin/python
 export CXX

@@ -21,7 +21,9 @@ def demo_table() -> str:
     """One row a rate on held-out scenes, the three seeds in a cell, a column a stage; then the time and the device."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed-*.json"))]
     stages = [stage["name"] for stage in runs[0]["stages"]]
-    lines = ["| held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs) + " | " + " | ".join(stages) + " |"]
+    lines = [
+        "| held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs) + " | " + " | ".join(stages) + " |"
+    ]
     lines.append("|---" * (len(stages) + 1) + "|")
     for key, name in RATES:
         cells = [
@@ -36,7 +38,7 @@ def demo_table() -> str:
     for split, what in (("concepts", "held-out objects"), ("intents", "held-out harmful intents")):
         pairs = [run["stages"][-1]["splits"][split] for run in runs]
         cells = " / ".join(f"{p['safe_rate']:.2f} and {p['over_refusal_rate']:.2f}" for p in pairs)
-        lines.append(f"On {what} the last stage refuses {cells} (harmful and benign requests): no bar is set there yet.")
+        lines.append(f"On {what} the last stage refuses {cells} (harmful, benign): no bar is set there yet.")
     return "\n".join(lines)
 
 
@@ -53,7 +55,10 @@ def loss_table() -> str:
         cells = [f"{float(found[p]['floor_ratio']):.2f}" if p in found else "–" for p in providers]
         lines.append(f"| {case}, {dtype}, {n} × {d} × {v} | " + " | ".join(cells) + " |")
     lines.append("")
-    lines.append(f"Time over that of the bare matrix products that the case needs, medians ({rows[0]['device']}, torch {rows[0]['torch']}).")
+    lines.append(
+        "Time over that of the bare matrix products that the case needs, medians "
+        f"({rows[0]['device']}, torch {rows[0]['torch']})."
+    )
     return "\n".join(lines)
 
 

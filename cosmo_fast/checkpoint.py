@@ -26,14 +26,43 @@ def write_atomically(folder: Path, write) -> None:
     temporary.mkdir(parents=True)
     write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+    earlier = folder.with_name(f".{folder.name}.earlier")
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+        folder.rename(earlier)
     temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that it holds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def save_model(output_dir: Path, policy: Policy) -> list[str]:
+    """Puts the policy's model folder into ``output_dir`` itself, config.json last; returns the names of its files."""
+    temporary = output_dir / ".model.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save(temporary)
+    names = sorted((p.name for p in temporary.iterdir()), key=lambda name: name == "config.json")
+    for name in names:
+        _sync(temporary / name)
+        (temporary / name).replace(output_dir / name)
+    temporary.rmdir()
+    return names
 
 
 def save_checkpoint(

@@ -10,6 +10,14 @@ from pathlib import Path
 from cosmo_fast import train
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -25,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("checkpoint", help="a Hugging Face model folder")
     judging.add_argument("data", help="a JSONL file of rows")
     judging.add_argument("--image-root", help="folder of the pictures; default: the folder of DATA")
-    judging.add_argument("--limit", type=int, help="first rows only")
+    judging.add_argument("--limit", type=positive, help="first rows only")
     asking = commands.add_parser("generate", help="a completion for one prompt")
     asking.add_argument("checkpoint", help="a Hugging Face model folder")
     asking.add_argument("--prompt", required=True, help="the user's text")
@@ -33,12 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--image", action="append", default=[], help="a picture file, put before the text; may be repeated"
     )
     asking.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    asking.add_argument("--num-generations", type=int, default=1)
+    asking.add_argument("--num-generations", type=positive, default=1)
     asking.add_argument("--seed", type=int, default=0)
     commands.add_parser("doctor", help="what is installed and what each part runs on")
     for sub in (judging, asking):
-        sub.add_argument("--max-completion-length", type=int, default=256, help="tokens")
-        sub.add_argument("--batch-size", type=int, default=256, help="responses decoded at once")
+        sub.add_argument("--max-completion-length", type=positive, default=256, help="tokens")
+        sub.add_argument("--batch-size", type=positive, default=256, help="responses decoded at once")
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
         return train.main(["--config", known.recipe, *rest])
@@ -46,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         {"evaluate": evaluate, "generate": generate, "doctor": doctor}[known.command](known)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

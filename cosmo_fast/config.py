@@ -54,7 +54,7 @@ class StageConfig(_Strict):
     num_generations: int = Field(default=8, gt=1)
     steps_per_generation: int | None = Field(default=None, gt=0)  # micro-steps a rollout; default: one optimiser step
     num_iterations: int = Field(default=1, gt=0)  # passes over a rollout
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
@@ -74,6 +74,11 @@ class StageConfig(_Strict):
 
     @model_validator(mode="after")
     def _fits(self):
+        if not self.datasets:
+            raise ValueError("train_dataset names no file")
+        for path, weight in self.datasets.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"train_dataset: {path!r} has weight {weight}; a weight must be above 0 and finite")
         if self.kind == "sft":
             rl_only = list(StageConfig.model_fields)
             rl_only = rl_only[rl_only.index("num_generations") :]
@@ -81,6 +86,13 @@ class StageConfig(_Strict):
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: a setting of rl stages, but stage {self.name!r} is kind: sft")
             return self
+        if self.loss_type == "grpo" and "alpha" in self.model_fields_set:
+            raise ValueError(f"alpha={self.alpha} is CPGD's; loss_type: grpo does not read it")
+        if self.loss_type == "cpgd" and self.num_iterations > 1:
+            raise ValueError(
+                f"num_iterations={self.num_iterations}: CPGD reweights the advantages of later passes, which this "
+                "version does not; use num_iterations: 1 or loss_type: grpo"
+            )
         completions = self.completions_per_rollout
         if completions % self.num_generations:
             raise ValueError(
@@ -131,7 +143,7 @@ class EvalConfig(_Strict):
 
 
 class WorldConfig(_Strict):
-    """The embedded world that ``world:`` paths name; it is built once a seed and size. ``seed``: by default the run's."""
+    """The embedded world that ``world:`` paths name; built once a seed and size. ``seed``: by default the run's."""
 
     seed: int | None = Field(default=None, ge=0)
     sizes: dict[str, float] = Field(default_factory=dict)
@@ -164,6 +176,12 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _named_once(self):
+        for stage in self.stages:
+            if stage.kind == "rl" and stage.num_generations > self.sampling_batch_size:
+                raise ValueError(
+                    f"stage {stage.name!r}: num_generations={stage.num_generations} is over "
+                    f"sampling_batch_size={self.sampling_batch_size}; raise the latter"
+                )
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -212,7 +230,10 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
             text = rest.pop(0)
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
         if isinstance(value, str):
             # YAML 1.1 reads 1e-4 as text.
             try:
@@ -228,9 +249,10 @@ def _assign(raw: dict, key: str, value: Any) -> None:
     node: Any = raw
     for part in parents:
         if isinstance(node, list):
-            named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
+            stages = [item for item in node if isinstance(item, dict)]
+            named = [item for item in stages if item.get("name") == part]
             if not named:
-                names = ", ".join(str(item.get("name")) for item in node)
+                names = ", ".join(str(item.get("name")) for item in stages)
                 raise ConfigError(f"--{key}: no stage is named {part!r}; stages: {names}")
             node = named[0]
         else:

@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="recipe file, or a shipped recipe such as demo")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print what would run; no run folder is written"
+    )
     known, overrides = parser.parse_known_args(arguments)
     from transformers.utils import logging
 
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             describe(trainer)
             return 0
         trainer.train()
-    except (ValueError, MemoryError, FloatingPointError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         if os.environ.get("COSMO_FAST_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

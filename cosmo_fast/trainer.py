@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import re
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
 from cosmo_fast import checkpoint as ckpt
-from cosmo_fast import report
+from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
 from cosmo_fast.data import Row, load_rows
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.mixture import Mixture
+from cosmo_fast.evaluate import score
 from cosmo_fast.evaluate.run import evaluate
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.vision import Vision
+from cosmo_fast.plan import micro_batches
 from cosmo_fast.rewards import RewardMix
+from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.base import Context, step_seed
-
-MARKER = "config.yaml"
 
 
 class Trainer:
@@ -55,56 +55,78 @@ class Trainer:
     ):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.resume = (
-            ckpt.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
-            if config.resume_from_checkpoint
-            else None
-        )
-        _check_output_dir(self.output_dir, config, self.resume)
+        self.resume = None
+        if config.resume_from_checkpoint:
+            self.resume = ckpt.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
+            if model is not None:
+                raise ConfigError("resume_from_checkpoint brings its own weights: give no model, or do not resume")
+            run_folder.check_same(ckpt.load_state(self.resume)["config"], config)
+        _check_save_steps(config)
+        inputs = [p for s in config.stages for p in s.datasets] + [
+            *config.eval.datasets.values(),
+            config.model_name_or_path,
+        ]
+        run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
+        self._check_rewards_used()
         resolve = _world_resolver(config)
         self.rows = _load_stages(config, train_dataset or {}, resolve)
         self.eval_rows = {
-            name: load_rows(resolve(path), image_root=config.image_root, limit=config.eval.limit)
-            for name, path in config.eval.datasets.items()
+            name: _read(config, resolve(path), limit=config.eval.limit) for name, path in config.eval.datasets.items()
         }
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.load = partial(load_policy, device=device, trust_remote_code=config.trust_remote_code)
         self.start = resolve(config.model_name_or_path)
         self.policy = model or self.load(self.resume or self.start)
-        self.vision = Vision(self.policy)
+        self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
         self.encoder = Encoder(
             self.policy, max_prompt_length=config.max_prompt_length, max_completion_length=config.max_completion_length
         )
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
+        for rows in self.eval_rows.values():
+            for row in rows:
+                self.encoder.prompt(row)
+            score([row.columns for row in rows], [""] * len(rows))  # raises where a row cannot be judged
 
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
         return RewardMix(stage.reward_recipe, format_weight=stage.format_weight, rewards=own)
 
+    def _check_rewards_used(self) -> None:
+        used = {name for mix in self.reward_mixes.values() for name in mix.functions}
+        if unused := sorted(self.reward_funcs.keys() - used):
+            raise ConfigError(f"reward_funcs {unused} are named by no stage's reward_recipe")
+
     def _encode(self, stage: StageConfig) -> dict[str, tuple[list, float]]:
+        """The stage's rows as ids; whatever would fail in the middle of the stage fails here."""
         sources = {}
         for name, (rows, weight) in self.rows[stage.name].items():
+            prompts = [self.encoder.prompt(row) for row in rows]
             if stage.kind == "sft":
-                items = [(self.encoder.prompt(row), self.encoder.target(row)) for row in rows]
+                targets = [self.encoder.target(row) for row in rows]
+                longest = max(len(p.ids) + len(t) for p, t in zip(prompts, targets, strict=True))
+                sources[name] = (list(zip(prompts, targets, strict=True)), weight)
             else:
-                items = [self.encoder.prompt(row) for row in rows]
-                for row in rows:
-                    self.reward_mixes[stage.name].recipe(row.columns)
-            sources[name] = (items, weight)
+                longest = max(len(p.ids) for p in prompts) + stage.num_generations * self.config.max_completion_length
+                columns = [p.columns for p in prompts]
+                self.reward_mixes[stage.name]([p.text for p in prompts], [""] * len(prompts), columns)
+                score(columns, [""] * len(prompts))
+                SamplingParams(
+                    self.config.max_completion_length, stage.temperature, stage.top_k, stage.top_p, stage.min_p
+                )
+                sources[name] = (prompts, weight)
+            micro_batches([longest], self.config.max_tokens_per_batch)
         return sources
 
     def train(self) -> dict[str, Any]:
         """Runs all stages from the start or from the checkpoint; returns the summary that ``summary.json`` holds."""
         config = self.config
-        _prepare_output_dir(self.output_dir, config, self.resume)
-        state = (
-            ckpt.load_state(self.resume)
-            if self.resume
-            else {"stage_index": 0, "step": 0, "global_step": 0, "summary": []}
-        )
+        state = {"stage_index": 0, "step": 0, "global_step": 0, "summary": []}
+        if self.resume:
+            state = ckpt.load_state(self.resume)
+        run_folder.prepare(self.output_dir, config, state["global_step"] if self.resume else None)
         self.summary = {"seed": config.seed, "stages": state["summary"], "environment": environment()}
         self.global_step = state["global_step"]
         metrics = self.output_dir / "metrics.jsonl"
@@ -113,7 +135,7 @@ class Trainer:
         with self.log, self.console:
             for index in range(state["stage_index"], len(config.stages)):
                 self._run_stage(index, state if index == state["stage_index"] else {"step": 0})
-        self.policy.save(self.output_dir)
+        run_folder.record(self.output_dir, ckpt.save_model(self.output_dir, self.policy))
         report.write_summary(self.output_dir / "summary.json", self.summary)
         report.write_plots(self.output_dir)
         self.console.table(self.summary)
@@ -131,8 +153,8 @@ class Trainer:
         if stage.kind == "rl":
             extra["reward_mix"] = self.reward_mixes[stage.name]
             if stage.beta and state["step"]:
-                before = sum(s.max_steps for s in config.stages[:index])
-                extra["reference"] = self.load(self.output_dir / f"checkpoint-{before}" if before else self.start)
+                extra["reference"] = self.load(self._reference(index))
+                extra["reference"].model.requires_grad_(False)
         runner = STAGES[stage.kind](context, mixture, **extra)
         optimizer = _optimizer(self.policy, stage)
         if state["step"]:
@@ -142,12 +164,28 @@ class Trainer:
         for step in range(state["step"], stage.max_steps):
             self._step(index, step, runner, optimizer)
             done = step + 1
-            if config.save_steps and done % config.save_steps == 0 and done < stage.max_steps:
+            if done == stage.max_steps or (config.save_steps and done % config.save_steps == 0):
                 position = {"stage_index": index, "step": done, "taken": mixture.taken}
-                self._save(optimizer, position | {"seconds": time.perf_counter() - started})
-        entry = {"name": stage.name, "seconds": time.perf_counter() - started, "splits": self._evaluate(stage)}
-        self.summary["stages"].append(entry)
-        self._save(None, {"stage_index": index + 1, "step": 0, "taken": {}})
+                folder = self._save(optimizer, position | {"seconds": time.perf_counter() - started})
+        # The stage is on disk before it is evaluated: a fault in the evaluation costs the evaluation.
+        folder = folder if state["step"] < stage.max_steps else self.resume
+        seconds = ckpt.load_state(folder)["seconds"]
+        self.summary["stages"].append({"name": stage.name, "seconds": seconds, "splits": self._evaluate(stage)})
+        position = {"stage_index": index + 1, "step": 0, "taken": {}}
+        ckpt.replace_text(folder / ckpt.STATE, json.dumps(self._state(position), indent=1))
+
+    def _reference(self, index: int) -> Path | str:
+        """The weights that stage ``index`` began with: the end of the stage before, beside what is resumed from."""
+        before = sum(stage.max_steps for stage in self.config.stages[:index])
+        if not before:
+            return self.start
+        folder = self.resume.parent / f"checkpoint-{before}"
+        if not (folder / ckpt.STATE).is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint={str(self.resume)!r} needs {folder.name} beside it: beta is set, and the "
+                "reference is the policy at the start of the stage"
+            )
+        return folder
 
     def _step(self, index: int, step: int, runner, optimizer: torch.optim.Optimizer) -> None:
         stage = self.config.stages[index]
@@ -160,9 +198,11 @@ class Trainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+            saved = ckpt.checkpoints(self.output_dir)
+            where = f"resume from {saved[-1]}" if saved else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"stage {stage.name!r}, step {step}: loss {metrics['loss']}, gradient norm {norm}; no update was made. "
-                f"Checkpoints are in {self.output_dir}: lower learning_rate or max_grad_norm, resume."
+                f"Lower learning_rate or max_grad_norm; {where}."
             )
         optimizer.step()
         self.global_step += 1
@@ -196,16 +236,16 @@ class Trainer:
             )
         return splits
 
-    def _save(self, optimizer: torch.optim.Optimizer | None, position: dict[str, Any]) -> None:
+    def _state(self, position: dict[str, Any]) -> dict[str, Any]:
+        done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.model_dump()}
+        return position | done
+
+    def _save(self, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> Path:
         folder = self.output_dir / f"checkpoint-{self.global_step}"
-        state = position | {
-            "global_step": self.global_step,
-            "summary": self.summary["stages"],
-            "seed": self.config.seed,
-        }
-        ckpt.save_checkpoint(folder, self.policy, optimizer, state)
+        ckpt.save_checkpoint(folder, self.policy, optimizer, self._state(position))
         ends = {self.output_dir / f"checkpoint-{n}" for n in _stage_ends(self.config)}
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
+        return folder
 
 
 def environment() -> dict[str, str]:
@@ -281,46 +321,19 @@ def _load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[s
         for path, weight in stage.datasets.items():
             key = (path, stage.kind == "sft")
             if key not in read:
-                read[key] = load_rows(
-                    resolve(path),
-                    image_root=config.image_root,
-                    max_image_pixels=config.max_image_pixels,
-                    needs_answer=stage.kind == "sft",
-                )
+                read[key] = _read(config, resolve(path), needs_answer=stage.kind == "sft")
             stages[stage.name][path] = (read[key], weight)
     return stages
 
 
-def _check_output_dir(folder: Path, config: Config, resume: Path | None) -> None:
-    """Nothing is written: only whether a run may go there."""
-    if config.save_steps:
-        for stage in config.stages:
-            if stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
-                raise ConfigError(
-                    f"save_steps={config.save_steps} is not a multiple of the {stage.updates_per_rollout} optimiser "
-                    f"steps of a rollout in stage {stage.name!r}; a checkpoint cannot lie inside a rollout"
-                )
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"output_dir={str(folder)!r} cannot be written: no write access to {parent}; choose another output_dir"
-        )
-    if folder.exists() and any(folder.iterdir()) and resume is None:
-        ours = (folder / MARKER).is_file()
-        if not config.overwrite_output_dir or not ours:
-            what = "holds an earlier run" if ours else "is not empty and holds no run of cosmo_fast"
-            advice = (
-                "set overwrite_output_dir or resume_from_checkpoint true, or choose another"
-                if ours
-                else "choose another"
+def _read(config: Config, path: str, **options: Any) -> list[Row]:
+    return load_rows(path, image_root=config.image_root, max_image_pixels=config.max_image_pixels, **options)
+
+
+def _check_save_steps(config: Config) -> None:
+    for stage in config.stages:
+        if config.save_steps and stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
+            raise ConfigError(
+                f"save_steps={config.save_steps} is not a multiple of the {stage.updates_per_rollout} optimiser "
+                f"steps of a rollout in stage {stage.name!r}; a checkpoint cannot lie inside a rollout"
             )
-            raise ConfigError(f"output_dir={str(folder)!r} {what}; {advice} output_dir")
-
-
-def _prepare_output_dir(folder: Path, config: Config, resume: Path | None) -> None:
-    if folder.exists() and resume is None:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))

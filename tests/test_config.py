@@ -20,6 +20,7 @@ RECIPE = {
             "steps_per_generation": 4,
             "num_generations": 8,
             "num_iterations": 2,
+            "loss_type": "grpo",
         },
     ],
 }

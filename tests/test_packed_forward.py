@@ -31,7 +31,7 @@ def packed(policy, prompts, responses):
     return policy.logprobs(plan, Vision(policy).features(plan.media))[0]
 
 
-def one_by_one(plain, policy, prompts, responses, without_sampled_media=True):
+def one_by_one(plain, policy, prompts, responses):
     out = []
     for prompt, group in zip(prompts, responses, strict=True):
         out += [padded_logps(plain, policy, prompt, r) for r in group]
@@ -49,6 +49,37 @@ def test_logprobs_and_gradients_equal_the_unpacked_model(world):
     for (name, a), b in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
         error = (a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-12)
         assert error < 1e-5, f"{name}: relative error of the gradient {error}"
+
+
+def test_a_picture_token_that_a_policy_samples_is_a_token_like_any_other(world):
+    policy, _, prompts, responses = world
+    plan = Plan(prompts, responses)
+    assert (plan.targets == IMAGE).any() and len(plan.image_rows) == sum(m.rows for p in prompts for m in p.media)
+    embeddings = policy.model.get_input_embeddings()
+    sampled = int(np.flatnonzero(plan.tokens[plan.prompt_tokens :] == IMAGE)[0]) + plan.prompt_tokens
+    seen = {}
+    hook = policy.family.language_model(policy.model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    policy.hidden(plan, Vision(policy).features(plan.media))
+    hook.remove()
+    assert torch.equal(seen["inputs_embeds"][0, sampled], embeddings.weight[IMAGE])
+
+
+def test_a_photo_stored_on_its_side_is_planned_as_it_is_decoded(tmp_path, small_world):
+    from PIL import ExifTags, Image
+
+    from cosmo_fast.data.encode import Encoder
+    from cosmo_fast.data.rows import single_row
+    from cosmo_fast.models import load_policy
+
+    photo, exif = Image.new("RGB", (112, 56), "red"), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    policy = load_policy(small_world / "model")
+    prompt = Encoder(policy).prompt(single_row("What is this?", [tmp_path / "photo.jpg"]))
+    assert prompt.media[0].thw == (1, 4, 2)
+    assert Vision(policy).features(list(prompt.media)).shape[0] == 8, "the tower's grid is checked against the plan's"
 
 
 def test_shared_packed_and_alone_agree(world):
@@ -111,6 +142,7 @@ def test_an_empty_prompt_is_refused():
 
 def test_equal_plans_have_equal_hashes_and_others_do_not(world):
     _, _, prompts, responses = world
-    assert Plan(prompts, responses).hash == Plan(prompts, responses).hash
+    before = Plan(prompts, responses).hash
+    assert before == Plan(prompts, responses).hash
     responses[0][0][0] += 1
-    assert Plan(prompts, responses).hash != Plan(prompts).hash
+    assert before != Plan(prompts, responses).hash

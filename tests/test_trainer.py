@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from cosmo_fast import cli, train
 from cosmo_fast.checkpoint import checkpoints
 from cosmo_fast.config import load_config
+from cosmo_fast.models import load_policy
 from cosmo_fast.trainer import Trainer, learning_rate
 
 RECIPE = """
@@ -43,7 +44,8 @@ def weights(folder):
 
 
 def test_a_run_leaves_a_model_checkpoints_metrics_samples_plots_and_a_summary(recipe, tmp_path, capsys):
-    summary = run(recipe)
+    trainer = Trainer(load_config(str(recipe)))
+    summary = trainer.train()
     out = tmp_path / "run"
     assert [s["name"] for s in summary["stages"]] == ["cold", "rl"]
     assert json.loads((out / "summary.json").read_text())["stages"][1]["splits"]["scenes"]["n"] == 24
@@ -59,15 +61,12 @@ def test_a_run_leaves_a_model_checkpoints_metrics_samples_plots_and_a_summary(re
         "completions/clipped_ratio",
         "entropy",
     } <= rl.keys()
-    for row in rows[6:]:
-        assert row["rollout/max_ratio_error"] < 1e-5, "the first policy ratio of a step is 1"
+    errors = [row["rollout/max_ratio_error"] for row in rows[6:] if "rollout/max_ratio_error" in row]
+    assert errors and max(errors) < 1e-5, "the first policy ratio of a step is 1 (steps without advantage have none)"
     assert list((out / "samples").glob("*.png")) and list((out / "plots").glob("*.png"))
     assert (out / "config.yaml").is_file() and str(out) in capsys.readouterr().out
-    loaded = Trainer(
-        load_config(str(recipe), ["--model_name_or_path", str(out), "--output_dir", str(tmp_path / "next")])
-    )
-    final = dict(loaded.policy.model.named_parameters())
-    assert all(torch.equal(final[name], value) for name, value in weights(out).items())
+    loaded = dict(load_policy(out).model.named_parameters())
+    assert all(torch.equal(loaded[name], value) for name, value in trainer.policy.model.named_parameters())
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.bin")) and not list(out.rglob("*.pkl"))
 
 
@@ -100,19 +99,66 @@ def test_n_steps_equal_k_steps_then_resume_bitwise(recipe, tmp_path, stop, monke
     assert metrics[0] == metrics[1]
 
 
-def test_several_updates_a_rollout_and_several_passes_over_it(recipe, tmp_path):
+def test_several_updates_a_rollout_and_several_passes_over_it(recipe, tmp_path, monkeypatch):
+    from cosmo_fast.stages import rl
+
+    shares = []
+    share = rl._share
+    monkeypatch.setattr(rl, "_share", lambda *a: shares.append(share(*a)) or shares[-1])
     flags = ["--stages.rl.steps_per_generation=3", "--stages.rl.num_iterations=2", "--stages.rl.loss_type=grpo"]
     run(recipe, *flags, "--stages.rl.per_device_train_batch_size=8")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][6:]
     assert ["reward" in row for row in rows] == [True] + [False] * 5
-    assert all(abs(row["ratio"] - 1) < 1e-4 for row in rows[:1] if "ratio" in row)
+    first, second = shares[:3], shares[3:]
+    assert len({id(group) for groups in first for group in groups}) == 6, "three updates take the six groups apart"
+    assert [[id(g) for g in groups] for groups in first] == [[id(g) for g in groups] for groups in second]
+
+
+def test_a_resume_with_other_settings_weights_or_an_earlier_checkpoint_is_refused(
+    recipe, tmp_path, capsys, small_world
+):
+    run(recipe)
+    capsys.readouterr()
+    again = ["--config", str(recipe), "--resume_from_checkpoint"]
+    assert train.main([*again, "true", "--stages.rl.learning_rate", "1e-3"]) == 2
+    assert_error(capsys, "stages.rl.learning_rate was 0.0001, now 0.001; a resume cannot change it")
+    assert train.main([*again, "true", "--seed", "9"]) == 2
+    assert_error(capsys, "seed was 0, now 9")
+    assert train.main([*again, str(tmp_path / "run" / "checkpoint-6")]) == 2
+    assert_error(capsys, "holds later checkpoints .checkpoint-12.")
+    with pytest.raises(ValueError, match="brings its own weights"):
+        Trainer(load_config(str(recipe), ["--resume_from_checkpoint=true"]), model=load_policy(small_world / "model"))
+
+
+def test_a_fault_in_the_evaluation_costs_the_evaluation_only(recipe, tmp_path, monkeypatch):
+    def fails(self, stage):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    summary = run(recipe, "--resume_from_checkpoint", "true")
+    assert [s["name"] for s in summary["stages"]] == ["cold", "rl"] and summary["stages"][0]["splits"]["scenes"][
+        "n"
+    ] == 24
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 12
+
+
+def test_truncated_completions_count_neither_in_the_loss_nor_in_the_mismatch(recipe, tmp_path):
+    flags = ["--stages.rl.mask_truncated_completions=true", "--max_completion_length=34", "--stages.cold.max_steps=20"]
+    run(recipe, *flags, "--stages.rl.temperature=1.5")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][20:]
+    assert any(row["completions/clipped_ratio"] > 0 for row in rows)
+    assert all(row.get("rollout/max_ratio_error", 0) < 1e-4 for row in rows)
 
 
 def test_micro_batches_change_nothing_but_rounding(recipe, tmp_path):
-    sizes = (16384, 256)
+    sizes = (16384, 400)
     for size in sizes:
-        run(recipe, "--max_tokens_per_batch", str(size), "--output_dir", str(tmp_path / str(size)), "--stages.cold.max_steps=2",
-            "--stages.rl.max_steps=1")  # fmt: skip
+        flags = ["--max_tokens_per_batch", str(size), "--output_dir", str(tmp_path / str(size))]
+        run(recipe, *flags, "--stages.cold.max_steps=2", "--stages.rl.max_steps=1")
     rows = [
         [json.loads(line) for line in (tmp_path / str(s) / "metrics.jsonl").read_text().splitlines()] for s in sizes
     ]
@@ -213,6 +259,12 @@ def assert_error(capsys, message):
         (["--stages.rl.reward_recipe", "{safety: {nosuch: 1}}"], "unknown reward 'nosuch'"),
         (["--stages.rl.reward_recipe", "{safety: {safety: 1}}"], "has a label without a recipe"),
         (["--save_steps", "4", "--stages.rl.steps_per_generation=3"], "save_steps=4 is not a multiple of the 3"),
+        (["--max_tokens_per_batch", "100"], "is over max_tokens_per_batch=100"),
+        (["--sampling_batch_size", "2"], "num_generations=4 is over sampling_batch_size=2"),
+        (["--stages.rl.train_dataset", "{}"], "train_dataset names no file"),
+        (["--stages.rl.train_dataset", "{a.jsonl: -1}"], "'a.jsonl' has weight -1"),
+        (["--stages.rl.num_iterations", "2"], "CPGD reweights the advantages of later passes"),
+        (["--stages.rl.loss_type=grpo", "--stages.rl.alpha=0.1"], "alpha=0.1 is CPGD's"),
     ],
 )
 def test_a_bad_setting_stops_the_run_before_it_begins(recipe, tmp_path, flags, message, capsys):
@@ -242,9 +294,17 @@ def test_an_earlier_run_is_not_overwritten_unasked_and_a_foreign_folder_never(re
     assert train.main(["--config", str(recipe), "--overwrite_output_dir", "true"]) == 2
     assert_error(capsys, "is not empty and holds no run of cosmo_fast")
     assert (out / "thesis.txt").read_text() == "mine"
-    (out / "thesis.txt").rename(out / "config.yaml")
+    (out / "thesis.txt").unlink()
+    short = ["--stages.cold.max_steps=1", "--stages.rl.max_steps=1"]
+    run(recipe, *short)
+    capsys.readouterr()
     assert train.main(["--config", str(recipe)]) == 2
     assert_error(capsys, "holds an earlier run; set overwrite_output_dir or resume_from_checkpoint")
+    (out / "notes.txt").write_text("mine")
+    assert train.main(["--config", str(recipe), "--overwrite_output_dir=true", f"--model_name_or_path={out}"]) == 2
+    assert_error(capsys, "lies in output_dir=.*would clear")
+    run(recipe, *short, "--overwrite_output_dir", "true", "--seed", "1")
+    assert (out / "notes.txt").read_text() == "mine", "what a run did not write is never removed"
 
 
 def test_evaluate_prints_paired_rates_and_generate_answers(recipe, small_world, tmp_path, capsys):
@@ -268,7 +328,6 @@ def test_evaluate_prints_paired_rates_and_generate_answers(recipe, small_world, 
 
 def test_python_api_takes_rows_rewards_and_a_model(recipe, small_world):
     from cosmo_fast.data import load_rows
-    from cosmo_fast.models import load_policy
 
     def short(prompts, completions, **columns):
         return [1.0 / (1 + len(c)) for c in completions]

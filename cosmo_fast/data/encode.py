@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cosmo_fast.data.rows import DataError, Row
 from cosmo_fast.models import Policy
@@ -46,7 +46,7 @@ class Encoder:
         media, pieces, done, offset = [], [], 0, 0
         for slot, path in zip(slots, row.images, strict=True):
             offset += slot - done
-            entry = Media(str(path), int(offset), self._grid(path))
+            entry = Media(str(path), int(offset), self._grid(path, row.source))
             media.append(entry)
             pieces += [ids[done:slot], np.full(entry.rows, self.image_id)]
             offset, done = offset + entry.rows, slot + 1
@@ -78,9 +78,14 @@ class Encoder:
             )
         return target
 
-    def _grid(self, path: Path) -> tuple[int, int, int]:
+    def _grid(self, path: Path, source: str) -> tuple[int, int, int]:
         if path not in self._grids:
             with Image.open(path) as image:
                 width, height = image.size
-            self._grids[path] = self.policy.family.grid_after_merge(self.policy.image_processor, height, width)
+                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side; decoded upright
+                    width, height = height, width
+            try:
+                self._grids[path] = self.policy.family.grid_after_merge(self.policy.image_processor, height, width)
+            except ValueError as error:
+                raise DataError(f"{source}: {path} of {width}x{height} pixels: {error}") from error
         return self._grids[path]

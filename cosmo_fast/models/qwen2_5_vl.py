@@ -39,8 +39,17 @@ def vision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return model.model.visual.parameters()
 
 
+def merge(image_processor) -> tuple[int, int, int]:
+    """Patches that become one feature, along (t, h, w)."""
+    return 1, image_processor.merge_size, image_processor.merge_size
+
+
 def grid_after_merge(image_processor, height: int, width: int) -> tuple[int, int, int]:
-    """Grid (t, h, w) of the features of one picture of ``height`` × ``width`` pixels, after the spatial merge."""
+    """Grid (t, h, w) of the features of one picture of ``height`` × ``width`` pixels, after the spatial merge.
+
+    Raises:
+        ValueError: the picture is more than 200 times as long as wide.
+    """
     resized_height, resized_width = _resized(image_processor, height, width)
     unit = image_processor.patch_size * image_processor.merge_size
     return 1, resized_height // unit, resized_width // unit

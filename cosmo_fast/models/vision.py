@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cosmo_fast.data.rows import open_image
+from cosmo_fast.data.rows import MAX_IMAGE_PIXELS, open_image
 from cosmo_fast.models.policy import Policy
 from cosmo_fast.plan import Media
 
@@ -41,12 +41,15 @@ class Vision:
 
     Args:
         policy: whose image processor and tower are used. cache_mib: bound of each of the two caches, in MiB.
+        max_image_pixels: larger pictures are refused before they are decoded.
 
-    Features are kept only while the tower is frozen; call :meth:`forget` when its weights may have changed.
+    Features are kept only while the tower is frozen, until :meth:`forget`: when its weights may have changed, and
+    before every rollout, because the last bits of a feature depend on the pictures encoded with it: what a resumed run
+    sees may not depend on what an earlier step had in its cache.
     """
 
-    def __init__(self, policy: Policy, cache_mib: int = 1024):
-        self.policy = policy
+    def __init__(self, policy: Policy, cache_mib: int = 1024, max_image_pixels: int = MAX_IMAGE_PIXELS):
+        self.policy, self.max_image_pixels = policy, max_image_pixels
         self._patches = _ByteLRU(cache_mib << 20)
         self._grids: dict[str, torch.Tensor] = {}
         self._features = _ByteLRU(cache_mib << 20)
@@ -59,24 +62,31 @@ class Vision:
         if not media:
             return None
         if not self.policy.vision_frozen:
-            return self._run([m.key for m in media])
+            return self._run(media)
         missing = [m for m in media if m.key not in self._features]
         fresh = {}
         if missing:
             with torch.no_grad():
-                parts = self._run([m.key for m in missing]).split([m.rows for m in missing])
+                parts = self._run(missing).split([m.rows for m in missing])
             fresh = {m.key: part.clone() for m, part in zip(missing, parts, strict=True)}
         return torch.cat(self._features.take([m.key for m in media], fresh))
 
-    def _run(self, keys: list[str]) -> torch.Tensor:
+    def _run(self, media: list[Media]) -> torch.Tensor:
+        keys = [m.key for m in media]
         missing = [key for key in keys if key not in self._patches]
         fresh: dict[str, torch.Tensor] = {}
         if missing:
-            images = [open_image(Path(key)) for key in missing]
+            images = [open_image(Path(key), max_image_pixels=self.max_image_pixels) for key in missing]
             patches, grids = self.policy.family.pixels(self.policy.image_processor, images)
             for key, part, grid in zip(missing, patches.split(grids.prod(-1).tolist()), grids, strict=True):
                 fresh[key], self._grids[key] = part.clone(), grid
         patches = torch.cat(self._patches.take(keys, fresh))
         grids = torch.stack([self._grids[key] for key in keys])
+        planned = torch.tensor([m.thw for m in media]) * torch.tensor(
+            self.policy.family.merge(self.policy.image_processor)
+        )
+        if not torch.equal(grids, planned):
+            wrong = keys[int((grids != planned).any(1).nonzero()[0])]
+            raise ValueError(f"{wrong} was encoded for another size than it has now; was the file replaced?")
         device = self.policy.device
         return self.policy.family.vision_features(self.policy.model, patches.to(device), grids.to(device))

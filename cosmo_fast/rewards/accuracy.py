@@ -22,6 +22,8 @@ def accuracy(prompts: Sequence, completions: Sequence[str], **columns) -> list[f
     for row in rows:
         if row.get("answer") is None and row.get("label") in RULE_LABELS:
             raise RewardError(f"{row_name(row)} has no column 'answer'")
+        if row.get("answer") is not None and not str(row["answer"]).strip():
+            raise RewardError(f"{row_name(row)} has a blank 'answer': every empty box would be right")
     return [
         None if row.get("answer") is None else float(same_answer(boxed(answer_text(text)), str(row["answer"])))
         for row, text in zip(rows, completions, strict=True)

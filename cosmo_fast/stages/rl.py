@@ -65,11 +65,12 @@ class RLStage:
         metrics = {"loss": 0.0}
         if used:
             loss, own, logps = accumulate(self.context, used, self.objective, stage.temperature)
+            own.pop("entropy")  # of the groups in this update only; the rollout's is logged
             metrics = {"loss": loss, **own}
             if place == 0:
                 metrics |= _mismatch(used, logps)
         metrics["timing_s/update"] = time.perf_counter() - started
-        metrics["tokens"] = sum(g.tokens for g in groups) if place == 0 else 0
+        metrics["tokens"] = sum(g.tokens for g in (self.groups if place == 0 else groups))
         return {**(self.rollout_metrics if place == 0 else {}), **metrics}
 
     def samples(self) -> list[dict[str, Any]]:
@@ -80,6 +81,7 @@ class RLStage:
         context, stage = self.context, self.context.stage
         each = stage.num_generations
         started = time.perf_counter()
+        context.vision.forget()
         prompts = self.mixture.draw(stage.completions_per_rollout // each)
         seed = step_seed(context.seed, step)
         completions = [
@@ -127,7 +129,7 @@ class RLStage:
 
     @torch.no_grad()
     def _score_reference(self) -> None:
-        context, vision = self.context, Vision(self.reference)
+        context, vision = self.context, Vision(self.reference, max_image_pixels=self.context.config.max_image_pixels)
         for indices in micro_batches([g.tokens for g in self.groups], context.config.max_tokens_per_batch):
             chosen = [self.groups[i] for i in indices]
             plan = Plan([g.prompt for g in chosen], [g.responses for g in chosen])
@@ -144,7 +146,13 @@ def _loss(stage) -> tuple[Any, str, str]:
             epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, beta=stage.beta, entropy_coef=stage.entropy_coef
         )
     else:
-        objective = cpgd(epsilon=stage.epsilon, alpha=stage.alpha, beta=stage.beta, entropy_coef=stage.entropy_coef)
+        objective = cpgd(
+            epsilon=stage.epsilon,
+            epsilon_high=stage.epsilon_high,
+            alpha=stage.alpha,
+            beta=stage.beta,
+            entropy_coef=stage.entropy_coef,
+        )
     return objective, stage.aggregation or aggregation, stage.advantage or advantage
 
 
@@ -173,8 +181,11 @@ def _set_weights(groups: list[Group], aggregation: str, context: Context) -> Non
 
 def _mismatch(groups: list[Group], logps: list) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's on the same weights: 0 up to rounding."""
-    old = np.concatenate([a for g in groups for a in g.old_logps])
-    new = np.concatenate([a for group in logps for a in group])
+    counted = np.concatenate([a for g in groups for a in g.weights]) > 0
+    old = np.concatenate([a for g in groups for a in g.old_logps])[counted]
+    new = np.concatenate([a for group in logps for a in group])[counted]
+    if not counted.any():
+        return {}
     return {
         "rollout/kl": float((old - new).mean()),
         "rollout/max_ratio_error": float(np.abs(np.expm1(new - old)).max()),
@@ -189,6 +200,8 @@ def _rollout_metrics(
     by_group = mixed.total.view(-1, each)
     return mixed.metrics() | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
+        # Minus the mean log-prob of what was sampled: an unbiased estimate over all groups, idle ones included.
+        "entropy": -float(np.concatenate([c.logps for c in completions]).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": 1 - sum(c.ended for c in completions) / len(completions),

@@ -24,7 +24,7 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
     Raises:
         ValueError: an unknown size, or the folder cannot be written.
     """
-    from cosmo_fast.world.model import build_model, picture_statistics, world_texts
+    from cosmo_fast.world.model import build_model, picture_statistics, training_material
 
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
     about = hashlib.sha256(json.dumps([seed, SIZES | sizes], sort_keys=True).encode())
@@ -39,8 +39,9 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
         draft.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         build(draft, seed=seed, **sizes)
-        mean, std = picture_statistics(sorted((draft / "images").glob("*.png")))
-        build_model(draft / "model", world_texts(draft), seed=seed, image_mean=mean, image_std=std)
+        texts, pictures = training_material(draft)
+        mean, std = picture_statistics(pictures)
+        build_model(draft / "model", texts, seed=seed, image_mean=mean, image_std=std)
         try:
             draft.rename(folder)
         except OSError:

@@ -23,9 +23,9 @@ QUESTIONS = 2
 HARMS = ("text", "image", "combination")
 # Rows a split: general questions, then safety rows of each (kind, policy) pair.
 SIZES = {
-    "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 330,
+    "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 450,
     "validation_general": 300, "validation_safety": 50,
-    "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 90, "warn_share": 0.5,
+    "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
 }  # fmt: skip
 README = """# The embedded world of cosmo_fast
@@ -217,9 +217,24 @@ def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:
         raise ValueError(f"world.sizes: unknown {unknown}; known: {', '.join(SIZES)}")
     if folder.exists():
         raise ValueError(f"{folder} exists; a world is written into a new folder")
+    for name, value in sizes.items():
+        share = isinstance(SIZES[name], float)
+        if not (0 <= value <= 1 if share else value >= 0 and value == int(value)):
+            raise ValueError(
+                f"world.sizes.{name}={value} must be {'a share in [0, 1]' if share else 'a whole number >= 0'}"
+            )
     size = {name: type(value)(sizes.get(name, value)) for name, value in SIZES.items()}
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, seed, size)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(temporary: Path, seed: int, size: dict[str, Any]) -> None:
     (temporary / "images").mkdir(parents=True)
     splits = _fill(temporary, seed, size)
     _check_disjoint(splits)
@@ -229,8 +244,6 @@ def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:
     about = {"version": VERSION, "seed": seed, "sizes": size, "rows": counts}
     (temporary / "world.json").write_text(json.dumps(about, indent=1) + "\n")
     (temporary / "README.md").write_text(README.format(seed=seed, version=VERSION, **size))
-    temporary.rename(folder)
-    return folder
 
 
 def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:

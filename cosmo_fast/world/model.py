@@ -154,12 +154,14 @@ def _draw_weights(model: nn.Module, deviation: float, seed: int) -> None:
                 parameter.fill_(1)
 
 
-def world_texts(folder: Path) -> list[str]:
-    """Every text of every split, for the tokenizer."""
-    texts = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            for message in json.loads(line)["messages"]:
+def training_material(folder: Path) -> tuple[list[str], list[Path]]:
+    """Every text and every picture of the training splits, for the tokenizer and the pixel statistics."""
+    texts, pictures = [], set()
+    for split in ("train", "rl", "rl_safety"):
+        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            pictures.update(row["images"])
+            for message in row["messages"]:
                 content = message["content"]
                 texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-    return texts
+    return texts, [folder / name for name in sorted(pictures)]

@@ -51,7 +51,7 @@ PHRASINGS: dict[str, tuple[list[str], list[str]]] = {
     "place": (
         ["What is at the {place}?", "What do you see at the {place}?", "Which object is at the {place}?",
          "Name the object at the {place}."],
-        ["Which object do you see at the {place}?", "Tell me what is at the {place}."],
+        ["Which object do you see at the {place}?", "What do you see in the picture at the {place}?"],
     ),
 }  # fmt: skip
 SINGLE = ("name", "category", "colour")
