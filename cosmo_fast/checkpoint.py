@@ -97,6 +97,7 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
 
 
 def load_state(folder: Path) -> dict[str, Any]:
+    """The trainer's state of a checkpoint: position, step counts, summary so far, config."""
     return json.loads((folder / STATE).read_text())
 
 

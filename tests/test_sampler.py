@@ -55,8 +55,9 @@ def test_a_response_does_not_depend_on_its_batch_mates(world):
     params = SamplingParams(12)
     wide = sampler(policy).generate(prompts, params, num_generations=4, seed=9)
     narrow = sampler(policy, batch_size=4).generate(prompts, params, num_generations=4, seed=9)
-    for a, b in zip(wide, narrow, strict=True):
-        assert [c.ids.tolist() for c in a] == [c.ids.tolist() for c in b]
+    short = Sampler(policy, Vision(policy), max_tokens=12).generate(prompts, params, num_generations=4, seed=9)
+    for a, b, c in zip(wide, narrow, short, strict=True):
+        assert [r.ids.tolist() for r in a] == [r.ids.tolist() for r in b] == [r.ids.tolist() for r in c]
     other = sampler(policy).generate(prompts, params, num_generations=4, seed=10)
     assert [c.ids.tolist() for g in wide for c in g] != [c.ids.tolist() for g in other for c in g]
 

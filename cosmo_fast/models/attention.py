@@ -34,7 +34,11 @@ def packed(module, query, key, value, attention_mask, *, scaling, plan=None, dro
 
 
 def vision_segments(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, dropout=0.0, **_):
-    """Full attention inside each segment of ``cu_seq_lens_q`` (s + 1,): (1, H, T, D) -> ((1, T, H, D), None)."""
+    """Full attention inside each segment of ``cu_seq_lens_q`` (s + 1,): (1, H, T, D) -> ((1, T, H, D), None).
+
+    Raises:
+        ValueError: attention dropout.
+    """
     if dropout:
         raise ValueError(f"vision attention dropout ({dropout}) is not supported; set it to 0")
     lengths = cu_seq_lens_q.diff().tolist()

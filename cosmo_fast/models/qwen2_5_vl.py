@@ -17,6 +17,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 
 def load(name_or_path) -> nn.Module:
+    """The model in fp32. Raises OSError where there are no weights."""
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=torch.float32)
 
 
@@ -32,10 +33,12 @@ def register_attention(model: nn.Module) -> None:
 
 
 def language_model(model: nn.Module) -> nn.Module:
+    """The part that takes embeddings to final hidden states."""
     return model.model.language_model
 
 
 def vision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the tower, its merger included."""
     return model.model.visual.parameters()
 
 

@@ -167,6 +167,10 @@ class HandOut(torch.autograd.Function):
     def backward(ctx, incoming):
         """Scales in place and lets go, unless the graph is kept for a second backward."""
         gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError(
+                "linear_policy_loss was differentiated a second time; give the first backward retain_graph=True"
+            )
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return *(None if g is None else g * incoming.to(g.dtype) for g in gradients), None, None
         ctx.gradients = None

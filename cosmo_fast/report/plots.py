@@ -117,6 +117,7 @@ def _panel(
     if name in ("rewards", "safety", "accuracy") and 0 <= min(values) and max(values) <= 1:
         axis.set_ylim(-0.03, 1.03)
     axis.set_ylabel(unit, fontsize=9)
+    axis.yaxis.set_major_formatter("{x:.3g}")  # no common factor above the axis, where the stages are named
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.01)

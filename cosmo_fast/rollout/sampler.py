@@ -56,10 +56,11 @@ class Sampler:
     Args:
         policy, vision: the model that trains and its picture features.
         batch_size: responses decoded at once, at least the responses of one prompt.
+        max_tokens: prompt tokens forwarded at once; a longer prompt goes alone.
     """
 
-    def __init__(self, policy: Policy, vision: Vision, batch_size: int = 256):
-        self.policy, self.vision, self.batch_size = policy, vision, batch_size
+    def __init__(self, policy: Policy, vision: Vision, batch_size: int = 256, max_tokens: int = 16384):
+        self.policy, self.vision, self.batch_size, self.max_tokens = policy, vision, batch_size, max_tokens
 
     @torch.no_grad()
     def generate(
@@ -80,10 +81,14 @@ class Sampler:
             )
         at_once = max(1, self.batch_size // num_generations)
         out: list[list[Completion]] = []
-        for start in range(0, len(prompts), at_once):
-            chunk = prompts[start : start + at_once]
-            first = start * num_generations
-            flat = self._generate(chunk, params, num_generations, seed, first)
+        while len(out) < len(prompts):
+            chunk, tokens = [], 0
+            for prompt in prompts[len(out) : len(out) + at_once]:
+                tokens += len(prompt.ids)
+                if chunk and tokens > self.max_tokens:
+                    break
+                chunk.append(prompt)
+            flat = self._generate(chunk, params, num_generations, seed, len(out) * num_generations)
             out += [flat[i * num_generations : (i + 1) * num_generations] for i in range(len(chunk))]
         return out
 

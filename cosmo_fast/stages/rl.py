@@ -32,7 +32,8 @@ class RLStage:
     ):
         self.context, self.mixture, self.reward_mix = context, mixture, reward_mix
         stage = context.stage
-        self.sampler = Sampler(context.policy, context.vision, context.config.sampling_batch_size)
+        config = context.config
+        self.sampler = Sampler(context.policy, context.vision, config.sampling_batch_size, config.max_tokens_per_batch)
         self.params = SamplingParams(
             context.config.max_completion_length, stage.temperature, stage.top_k, stage.top_p, stage.min_p
         )
