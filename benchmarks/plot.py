@@ -31,10 +31,14 @@ def demo_table() -> str:
             for i in range(len(stages))
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seconds = [sum(stage["seconds"] for stage in run["stages"]) for run in runs]
-    device = f"{runs[0]['environment']['device']}, {runs[0]['environment']['versions']}"
+    timed = max(runs, key=lambda run: int(run["environment"]["threads"]))
+    seconds = sum(stage["seconds"] for stage in timed["stages"])
+    about = timed["environment"]
     lines.append("")
-    lines.append(f"Training alone took {min(seconds):.0f}–{max(seconds):.0f} s ({device}).")
+    lines.append(
+        f"Training alone took {seconds:.0f} s with seed {timed['seed']} on {about['threads']} threads "
+        f"({about['device']}, {about['versions']})."
+    )
     for split, what in (("concepts", "held-out objects"), ("intents", "held-out harmful intents")):
         pairs = [run["stages"][-1]["splits"][split] for run in runs]
         cells = " / ".join(f"{p['safe_rate']:.2f} and {p['over_refusal_rate']:.2f}" for p in pairs)
