@@ -65,15 +65,12 @@ def save_model(output_dir: Path, policy: Policy) -> list[str]:
     return names
 
 
-def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Writes ``folder`` atomically: the model folder, ``trainer_state.json``, ``optimizer.safetensors``."""
 
     def write(into: Path) -> None:
         policy.save(into)
-        if optimizer is not None:
-            save_file(_flat(policy, optimizer), into / OPTIMIZER)
+        save_file(_flat(policy, optimizer), into / OPTIMIZER)
         (into / STATE).write_text(json.dumps(state, indent=1))
 
     write_atomically(folder, write)

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return train.main(["--config", known.recipe, *rest])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    train.quiet()
     try:
         {"evaluate": evaluate, "generate": generate, "doctor": doctor}[known.command](known)
     except (ValueError, OSError, MemoryError) as error:
@@ -62,13 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Prints :func:`cosmo_fast.evaluate.score` of greedy completions as one JSON object."""
-    from transformers.utils import logging
-
     from cosmo_fast.data import load_rows
     from cosmo_fast.evaluate.run import evaluate as run
     from cosmo_fast.models import load_policy
 
-    logging.disable_progress_bar()
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
     policy = load_policy(Path(options.checkpoint).absolute())
     result = run(policy, rows, max_completion_length=options.max_completion_length, batch_size=options.batch_size)
@@ -77,15 +75,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Prints completions, separated by blank lines."""
-    from transformers.utils import logging
-
     from cosmo_fast.data.encode import Encoder
     from cosmo_fast.data.rows import single_row
     from cosmo_fast.models import load_policy
     from cosmo_fast.models.vision import Vision
     from cosmo_fast.rollout import Sampler, SamplingParams
 
-    logging.disable_progress_bar()
     row = single_row(options.prompt, [Path(p) for p in options.image])
     policy = load_policy(Path(options.checkpoint).absolute())
     params = SamplingParams(options.max_completion_length, options.temperature)

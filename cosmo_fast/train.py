@@ -9,6 +9,13 @@ import sys
 import yaml
 
 
+def quiet() -> None:
+    """No progress bars of transformers among our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Trains a recipe; returns the exit status. What a user can mend is printed as one message, without a traceback."""
     parser = argparse.ArgumentParser(
@@ -21,13 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything and print what would run; no run folder is written"
     )
     known, overrides = parser.parse_known_args(arguments)
-    from transformers.utils import logging
-
     from cosmo_fast.config import load_config
     from cosmo_fast.trainer import Trainer
 
-    logging.disable_progress_bar()
-
+    quiet()
     try:
         trainer = Trainer(load_config(known.config, overrides))
         if known.dry_run:

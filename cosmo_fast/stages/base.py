@@ -48,6 +48,18 @@ class Group:
         return len(self.prompt.ids) + sum(len(r) for r in self.responses)
 
 
+def plan_of(groups: list[Group]) -> Plan:
+    """The packed layout of some groups."""
+    return Plan([g.prompt for g in groups], [g.responses for g in groups])
+
+
+def by_response(values: torch.Tensor, groups: list[Group]) -> list[list[np.ndarray]]:
+    """A vector in the order of ``plan.targets`` (N,) as fp32 arrays, one a response, in a list for each group."""
+    lengths = [len(r) for g in groups for r in g.responses]
+    pieces = iter(np.split(values.detach().float().cpu().numpy(), np.cumsum(lengths)[:-1]))
+    return [[next(pieces) for _ in g.responses] for g in groups]
+
+
 def step_seed(seed: int, *path: int) -> int:
     """A seed of its own for every place in a run, from the run's seed and integers that name the place."""
     return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
@@ -89,7 +101,7 @@ def accumulate(
     logps: list = [None] * len(groups)
     for indices in micro_batches([g.tokens for g in groups], context.config.max_tokens_per_batch):
         chosen = [groups[i] for i in indices]
-        plan = Plan([g.prompt for g in chosen], [g.responses for g in chosen])
+        plan = plan_of(chosen)
         hidden = policy.hidden(plan, context.vision.features(plan.media))[plan.tensor("label_rows", policy.device)]
         batch = token_batch(chosen, plan, policy.device)
         out = ops.linear_policy_loss(hidden, policy.head_weight, batch, objective, temperature=temperature)
@@ -99,7 +111,6 @@ def accumulate(
         counted += mass
         for name, value in out.metrics.items():
             sums[name] += float(value) * mass
-        pieces = np.split(out.logp.detach().float().cpu().numpy(), np.cumsum(plan.response_lengths)[:-1])
-        for i, group in zip(indices, chosen, strict=True):
-            logps[i], pieces = pieces[: len(group.responses)], pieces[len(group.responses) :]
+        for i, arrays in zip(indices, by_response(out.logp, chosen), strict=True):
+            logps[i] = arrays
     return total, {name: value / counted for name, value in sums.items()} if counted else {}, logps

@@ -14,11 +14,11 @@ from cosmo_fast.evaluate import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import advantages, cpgd, grpo, token_weights
-from cosmo_fast.plan import Plan, Prompt, micro_batches
+from cosmo_fast.plan import Prompt, micro_batches
 from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
-from cosmo_fast.stages.base import Context, Group, accumulate, step_seed
+from cosmo_fast.stages.base import Context, Group, accumulate, by_response, plan_of, step_seed
 
 # Aggregation and advantage of each loss as its paper has them; a recipe may choose others.
 DEFAULTS = {"grpo": ("seq-mean-token-mean", "group"), "cpgd": ("prompt-mean-token-mean", "cpgd")}
@@ -133,11 +133,10 @@ class RLStage:
         context, vision = self.context, Vision(self.reference, max_image_pixels=self.context.config.max_image_pixels)
         for indices in micro_batches([g.tokens for g in self.groups], context.config.max_tokens_per_batch):
             chosen = [self.groups[i] for i in indices]
-            plan = Plan([g.prompt for g in chosen], [g.responses for g in chosen])
+            plan = plan_of(chosen)
             logps, _ = self.reference.logprobs(plan, vision.features(plan.media), context.stage.temperature)
-            pieces = np.split(logps.float().cpu().numpy(), np.cumsum(plan.response_lengths)[:-1])
-            for group in chosen:
-                group.ref_logps, pieces = pieces[: len(group.responses)], pieces[len(group.responses) :]
+            for group, arrays in zip(chosen, by_response(logps, chosen), strict=True):
+                group.ref_logps = arrays
 
 
 def _loss(stage) -> tuple[Any, str, str]:

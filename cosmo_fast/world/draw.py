@@ -22,7 +22,6 @@ BACKGROUNDS = {
     "pink": (250, 140, 195),
     "grey": (140, 145, 150),
 }
-STYLES = ("colour", "outline")
 
 
 @dataclass(frozen=True)

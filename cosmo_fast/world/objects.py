@@ -129,10 +129,4 @@ def _things() -> list[Thing]:
 
 
 THINGS: dict[str, Thing] = {thing.name: thing for thing in _things()}
-CATEGORIES = sorted({thing.category for thing in THINGS.values()})
 COUNTABLE = [name for name, thing in THINGS.items() if thing.countable]
-
-
-def named(*risks: str, held_out: bool = False) -> list[str]:
-    """Names of the objects of some risks, those held out or the others."""
-    return [name for name, thing in THINGS.items() if thing.risk in risks and thing.held_out == held_out]

@@ -128,7 +128,6 @@ SIBLINGS = {
     "threaten": "story", "damage": "paint",
     "rob": "borrow", "harm": "picture", "cheat": "paper",
 }  # fmt: skip
-REASONS = (_STEAL, _HURT, _LIE, _SCARE, _BREAK)
 
 
 def text(intent: Intent, phrase: int, unseen: bool) -> str:
