@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No -ffast-math: NaN and -inf are data here. Sums are reordered only where a pragma says so.
 CXX = ["-O3", "-g0", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX += ["-Wno-psabi"]  # vectors are never passed between functions: all of them are inlined
 
 cuda = os.environ.get("COSMO_FAST_CUDA") == "1"
 if cuda and CUDA_HOME is None:

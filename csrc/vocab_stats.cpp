@@ -19,12 +19,36 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 2048;  // logits of one block stay in the first-level cache between its two loops
 
-// Asks for the block after this one. Reading and writing one stream in place runs at the latency of memory otherwise:
-// with this and a scratch block between loads and stores, the gradient pass went from 1.57 to 0.59 ns an element
-// (bf16).
+// Asks for the block after this one: reading and writing one stream runs at the latency of memory otherwise.
 template <int kWrite, class T>
-COSMO_INLINE void prefetch(const T* block, int64_t length) {
-  for (int64_t j = 0; j < length; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(block + kBlock + j, kWrite, 2);
+COSMO_INLINE void prefetch(const T* block) {
+  for (int64_t j = 0; j < kBlock; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(block + kBlock + j, kWrite, 2);
+}
+
+// softcap * tanh(z / softcap); 0 means none.
+template <bool kCap, class V, class A>
+COSMO_INLINE V capped(V z, A cap, A inverse_cap) {
+  if constexpr (kCap) return cap * tanh_fast(z * inverse_cap);
+  return z;
+}
+
+// One element through the vector path, so that it has the same bits there and alone.
+template <bool kCap, class T, class A>
+COSMO_INLINE A capped_one(T z, A cap, A inverse_cap) {
+  return capped<kCap>(Vector<A>{} + load(z), cap, inverse_cap)[0];
+}
+
+template <class V>
+COSMO_INLINE double sum_of(V x) {
+  double sum = 0;
+  for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) sum += double(x[i]);
+  return sum;
+}
+template <class V>
+COSMO_INLINE double max_of(V x) {
+  double max = x[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(x[0])); ++i) max = double(x[i]) > max ? double(x[i]) : max;
+  return max;
 }
 
 template <class T, class A>
@@ -37,77 +61,105 @@ struct StatsRows {
   A softcap;
 };
 
-// Adds columns [begin, end) to the running (max, sum, moment) of y.
-template <bool kCap, class T, class A>
-COSMO_INLINE void accumulate(const T* row, int64_t begin, int64_t end, A cap, A inverse_cap, A inverse_t, A* scratch,
-                             double& max, double& sum, double& moment) {
-  for (int64_t start = begin; start < end; start += kBlock) {
-    int64_t length = std::min(kBlock, end - start);
-    const T* block = row + start;
-    prefetch<0>(block, length);
-    A top = -std::numeric_limits<A>::infinity();
-    if constexpr (kCap) {
-#pragma omp simd reduction(max : top)
-      for (int64_t j = 0; j < length; ++j) {
-        A y = cap * tanh_fast(load(block[j]) * inverse_cap);
-        scratch[j] = y;
-        top = y > top ? y : top;
-      }
-    } else {
-#pragma omp simd reduction(max : top)
-      for (int64_t j = 0; j < length; ++j) {
-        A y = load(block[j]);
-        top = y > top ? y : top;
-      }
-    }
-    if (top == -std::numeric_limits<A>::infinity() && max == top) {  // only -inf so far, or NaN, which must not be lost
-      for (int64_t j = 0; j < length; ++j) sum += load(block[j]) != load(block[j]) ? load(block[j]) : A(0);
-      continue;
-    }
-    if (top > max) {
-      double shift = (max - top) * inverse_t, factor = std::exp(shift);
-      moment = sum > 0 ? factor * (moment + sum * shift) : moment;
-      sum *= sum > 0 ? factor : 1.0;
-      max = top;
-    }
-    A m = A(max), s = 0, w = 0;
-#pragma omp simd reduction(+ : s, w)
-    for (int64_t j = 0; j < length; ++j) {
-      A y;
-      if constexpr (kCap) {
-        y = scratch[j];
-      } else {
-        y = load(block[j]);
-      }
-      A u = (y - m) * inverse_t;
-      A e = exp_negative(u);
-      s += e;
-      w += e * (u < A(-1000) ? A(-1000) : u);  // 0 * -inf
-    }
-    sum += s;
-    moment += w;
+// What a row has come to. Sums are relative to `base`, which lies at the maximum or close below: a block is summed in the
+// same loop that looks for its maximum, and once more only where that turns out to lie far above.
+struct Running {
+  double max = -std::numeric_limits<double>::infinity(), base = max, sum = 0, moment = 0;
+
+  void rebase(double to, double inverse_t) {
+    double shift = (base - to) * inverse_t, factor = std::exp(shift);
+    moment = sum > 0 ? factor * (moment + sum * shift) : moment;
+    sum *= sum > 0 ? factor : 1.0;
+    base = to;
   }
+};
+
+struct BlockSums {
+  double max, sum, moment;
+};
+
+// Maximum, Σ e^u and Σ e^u u with u = (y - base) / t over `length` elements, a multiple of the lanes. Exact for u up to
+// 80; what lies above is clamped, and seen by the maximum.
+template <class T, class A>
+COSMO_INLINE BlockSums block_sums(const T* block, int64_t length, A base, A inverse_t) {
+  using V = Vector<A>;
+  V top = V{} - std::numeric_limits<A>::infinity(), s = {}, w = {};
+  for (int64_t j = 0; j < length; j += kLanes<A>) {
+    V y = load_vector(block + j);
+    top = larger(y, top);
+    V u = smaller(V{} + A(80), (y - base) * inverse_t);  // in this order a NaN stays one
+    V e = exp_bounded(u);
+    s += e;
+    w += e * larger(u, V{} - A(1000));  // 0 * -inf
+  }
+  return {max_of(top), sum_of(s), sum_of(w)};
+}
+
+template <class T, class A>
+COSMO_INLINE double block_max(const T* block, int64_t length) {
+  Vector<A> top = Vector<A>{} - std::numeric_limits<A>::infinity();
+  for (int64_t j = 0; j < length; j += kLanes<A>) top = larger(Vector<A>(load_vector(block + j)), top);
+  return max_of(top);
+}
+
+// Adds one block, whose length is a multiple of the lanes.
+template <class T, class A>
+COSMO_INLINE void add_block(const T* block, int64_t length, A inverse_t, Running& run) {
+  constexpr double kFar = 2;  // nats above the base: more would cost the entropy digits
+  constexpr double kNone = -std::numeric_limits<double>::infinity();
+  if (run.base == kNone) {
+    run.max = run.base = block_max<T, A>(block, length);
+    if (run.base == kNone) {  // -inf alone, or NaN, which must not be lost
+      for (int64_t j = 0; j < length; ++j) run.sum += load(block[j]) != load(block[j]) ? load(block[j]) : A(0);
+      return;
+    }
+  }
+  BlockSums add = block_sums(block, length, A(run.base), inverse_t);
+  run.max = add.max > run.max ? add.max : run.max;
+  if ((run.max - run.base) * inverse_t > kFar) {
+    run.rebase(run.max, inverse_t);
+    add = block_sums(block, length, A(run.base), inverse_t);
+  }
+  run.sum += add.sum;
+  run.moment += add.moment;
 }
 
 template <bool kCap, class T, class A>
 COSMO_INLINE void stats_row(const StatsRows<T, A>& a, int64_t i) {
-  alignas(64) A scratch[kCap ? kBlock : 1];
+  alignas(64) A scratch[kBlock];
   const T* row = a.logits + i * a.stride;
-  int64_t target = a.targets[i];
-  A t = a.temperature ? a.temperature[i] : A(1), inverse_t = A(1) / t, inverse_cap = kCap ? A(1) / a.softcap : A(0);
-  double max = -std::numeric_limits<double>::infinity(), sum = 0, moment = 0;
-  accumulate<kCap>(row, 0, target, a.softcap, inverse_cap, inverse_t, scratch, max, sum, moment);
-  accumulate<kCap>(row, target + 1, a.columns, a.softcap, inverse_cap, inverse_t, scratch, max, sum, moment);
-  A own = kCap ? a.softcap * tanh_fast(load(row[target]) * inverse_cap) : load(row[target]);
-  if (sum != sum) max = sum;  // a NaN among -inf
+  const int64_t target = a.targets[i];
+  const A t = a.temperature ? a.temperature[i] : A(1), inverse_t = A(1) / t;
+  const A inverse_cap = kCap ? A(1) / a.softcap : A(0);
+  Running run;
+  for (int64_t start = 0; start < a.columns; start += kBlock) {
+    int64_t length = std::min(kBlock, a.columns - start);
+    prefetch<0>(row + start);
+    bool has_target = target >= start && target < start + length;
+    if (!kCap && !has_target && length == kBlock) {
+      add_block(row + start, length, inverse_t, run);
+      continue;
+    }
+    int64_t whole = length / kLanes<A> * kLanes<A>, padded = (length + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    for (int64_t j = 0; j < whole; j += kLanes<A>) {
+      store_vector(scratch + j, capped<kCap>(Vector<A>(load_vector(row + start + j)), a.softcap, inverse_cap));
+    }
+    for (int64_t j = whole; j < length; ++j) scratch[j] = capped_one<kCap>(row[start + j], a.softcap, inverse_cap);
+    for (int64_t j = length; j < padded; ++j) scratch[j] = -std::numeric_limits<A>::infinity();
+    if (has_target) scratch[target - start] = -std::numeric_limits<A>::infinity();
+    add_block(static_cast<const A*>(scratch), padded, inverse_t, run);
+  }
+  if (run.max > run.base) run.rebase(run.max, inverse_t);
+  if (run.sum != run.sum) run.max = run.sum;
+  A own = capped_one<kCap>(row[target], a.softcap, inverse_cap);
   // In units of y: the maximum stays unscaled (z or capped z) so that differences are taken before the division by t.
-  double d_target = (double(own) - max) / t;
-  RowStats<A> stats = max == -std::numeric_limits<double>::infinity() ? finish_row<A>(own, max, sum, moment)
-                                                                      : finish_row<A>(d_target, 0.0, sum, moment);
+  bool alone = run.max == -std::numeric_limits<double>::infinity();
+  RowStats<A> stats = finish_row<A>(alone ? double(own) : (double(own) - run.max) / t, alone ? run.max : 0.0, run.sum,
+                                    run.moment);
   a.logp[i] = stats.logp;
   a.entropy[i] = stats.entropy;
-  a.other_max[i] = A(max);
-  a.other_sum[i] = A(sum);
+  a.other_max[i] = A(run.max);
+  a.other_sum[i] = A(run.sum);
 }
 
 template <class T, class A>
@@ -119,53 +171,73 @@ struct GradRows {
   A softcap;
 };
 
+// The gradient by one logit is -p (c_logp + c_entropy (log p + H)) slope / t, with p = e^u scale and log p = u + offset - H.
+template <class A>
+struct GradRow {
+  A base, inverse_t, scale, c, ce, offset, cap, inverse_cap;
+
+  template <bool kCap, bool kEntropy, class V>
+  COSMO_INLINE V operator()(V z) const {
+    V y = z, slope = V{} - scale;
+    if constexpr (kCap) {
+      V th = tanh_fast(z * inverse_cap);
+      y = cap * th;
+      slope = (th * th - A(1)) * scale;
+    }
+    V u = smaller(V{} + A(0), (y - base) * inverse_t);  // above 0 only at the target, which is written by itself
+    V g = V{} + c;
+    if constexpr (kEntropy) g += ce * (larger(u, V{} - A(1000)) + offset);
+    return exp_bounded(u) * slope * g;
+  }
+};
+
 template <bool kCap, bool kEntropy, class T, class A>
 COSMO_INLINE void grad_row(const GradRows<T, A>& a, int64_t i) {
-  int64_t source = a.rows ? a.rows[i] : i, target = a.targets[source];
+  const int64_t source = a.rows ? a.rows[i] : i, target = a.targets[source];
   const T* from = a.logits + source * a.stride;
   T* to = a.logits + i * a.stride;
-  A t = a.temperature ? a.temperature[source] : A(1), inverse_t = A(1) / t,
-    inverse_cap = kCap ? A(1) / a.softcap : A(0);
-  A m = a.other_max[source], cap = a.softcap, logp = a.logp[source], entropy = a.entropy[source];
-  double other = -std::expm1(double(logp));  // 1 - p_t
-  double scale64 = a.other_sum[source] > 0 ? other / double(a.other_sum[source]) : 0.0;
-  if (!(logp == logp)) scale64 = double(logp);
-  A scale = A(scale64), c = a.c_logp[source] * inverse_t, ce = kEntropy ? a.c_entropy[source] * inverse_t : A(0);
-  // Entropy: dH/dy_j = -p_j (log p_j + H), and log p_j = u_j + log(scale).
-  A offset = kEntropy ? A(scale64 > 0 ? std::log(scale64) : 0.0) + entropy : A(0);
-  A own = load(from[target]);
-  A none = m == -std::numeric_limits<A>::infinity() ? A(0) : m;  // -inf - -inf; the scale is 0 there
-  alignas(64) A scratch[kBlock];
-  for (int64_t start = 0; start < a.columns; start += kBlock) {
-    int64_t length = std::min(kBlock, a.columns - start);
-    const T* in = from + start;
-    T* out = to + start;
-    prefetch<1>(in, length);
-#pragma omp simd
-    for (int64_t j = 0; j < length; ++j) {
-      A z = load(in[j]), y = z, slope = A(1);
-      if constexpr (kCap) {
-        A th = tanh_fast(z * inverse_cap);
-        y = cap * th;
-        slope = A(1) - th * th;
-      }
-      A u = (y - none) * inverse_t;
-      A p = exp_negative(u > A(0) ? A(0) : u) * scale;  // u > 0 only at the target, which is written below
-      A g = c;
-      if constexpr (kEntropy) g += ce * ((u < A(-1000) ? A(-1000) : u) + offset);
-      scratch[j] = -p * g * slope;
+  const A t = a.temperature ? a.temperature[source] : A(1), m = a.other_max[source];
+  const A logp = a.logp[source], entropy = a.entropy[source];
+  const double other = -std::expm1(double(logp));  // 1 - p_t
+  const double scale = a.other_sum[source] > 0 ? other / double(a.other_sum[source]) : 0.0;
+  GradRow<A> row;
+  row.base = m == -std::numeric_limits<A>::infinity() ? A(0) : m;  // -inf - -inf; the scale is 0 there
+  row.inverse_t = A(1) / t;
+  row.scale = A(scale);
+  row.c = a.c_logp[source] * row.inverse_t;
+  row.ce = kEntropy ? a.c_entropy[source] * row.inverse_t : A(0);
+  row.offset = kEntropy ? A(scale > 0 ? std::log(scale) : 0.0) + entropy : A(0);
+  row.cap = a.softcap;
+  row.inverse_cap = kCap ? A(1) / a.softcap : A(0);
+  if (!std::isfinite(logp) || !std::isfinite(row.c) || !std::isfinite(row.ce)) {  // of a NaN, or a token that cannot be
+    const bool banned = logp == -std::numeric_limits<A>::infinity() && std::isfinite(row.c) && !kEntropy;
+    if (!banned) {
+      for (int64_t j = 0; j < a.columns; ++j) store(to + j, std::numeric_limits<A>::quiet_NaN());
+      return;
     }
-#pragma omp simd
-    for (int64_t j = 0; j < length; ++j) store(out + j, scratch[j]);
   }
-  A slope = A(1);
+  A own = load(from[target]), slope = A(1);
   if constexpr (kCap) {
-    A th = tanh_fast(own * inverse_cap);
+    A th = tanh_fast(Vector<A>{} + own * row.inverse_cap)[0];
     slope = A(1) - th * th;
   }
+  alignas(64) T tail[kLanes<A>] = {};
+  const int64_t whole = a.columns / kLanes<A> * kLanes<A>;
+  for (int64_t start = 0; start < whole; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, whole);
+    prefetch<1>(from + start);
+    for (int64_t j = start; j < end; j += kLanes<A>) {
+      store_vector(to + j, row.template operator()<kCap, kEntropy>(Vector<A>(load_vector(from + j))));
+    }
+  }
+  if (whole < a.columns) {
+    std::copy(from + whole, from + a.columns, tail);
+    store_vector(tail, row.template operator()<kCap, kEntropy>(Vector<A>(load_vector(tail))));
+    std::copy(tail, tail + (a.columns - whole), to + whole);
+  }
   A p = A(std::exp(double(logp)));
-  A g = c * A(other);
-  if constexpr (kEntropy) g -= p > 0 ? ce * p * (logp + entropy) : A(0);
+  A g = row.c * A(other);
+  if constexpr (kEntropy) g -= p > 0 ? row.ce * p * (logp + entropy) : A(0);
   store(to + target, g * slope);
 }
 

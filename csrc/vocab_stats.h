@@ -1,4 +1,4 @@
-// Scalar mathematics of the vocabulary rows. Plain loops over these functions vectorise: no branches, no libm calls.
+// The mathematics of the vocabulary rows, on vectors of lanes: no branches, no libm calls.
 #pragma once
 
 #include <cmath>
@@ -29,86 +29,120 @@ COSMO_INLINE To bit_cast(From from) {
   return to;
 }
 
-// The type in which a row of T is worked on: fp32 for bf16 and fp32, fp64 for the oracle.
-template <class T>
-struct Accumulate {
-  using type = float;
+// Vectors of one 64-byte register, as the compiler knows them: where registers are shorter it splits them. A mask is a
+// vector of integers, `mask ? a : b` chooses by lane.
+using f32x16 = float __attribute__((vector_size(64)));
+using f64x8 = double __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u64x8 = uint64_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+// The type in which a row of T is worked on, fp32 for bf16 and fp32, fp64 for the oracle, and a vector of it.
+template <class A>
+struct VectorOf {
+  using type = f32x16;
 };
 template <>
-struct Accumulate<double> {
-  using type = double;
+struct VectorOf<double> {
+  using type = f64x8;
 };
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+constexpr int64_t kLanes = 64 / sizeof(A);
 
 COSMO_INLINE float load(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 COSMO_INLINE float load(float x) { return x; }
 COSMO_INLINE double load(double x) { return x; }
 
+COSMO_INLINE f32x16 load_vector(const float* from) {
+  f32x16 x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+COSMO_INLINE f64x8 load_vector(const double* from) {
+  f64x8 x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+COSMO_INLINE f32x16 load_vector(const bf16* from) {
+  u16x16 bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+}
+
 COSMO_INLINE void store(float* to, float x) { *to = x; }
 COSMO_INLINE void store(double* to, double x) { *to = x; }
 COSMO_INLINE void store(bf16* to, float x) {  // round to nearest even, as PyTorch does; a NaN stays one
   uint32_t bits = bit_cast<uint32_t>(x);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->bits = uint16_t(x != x ? 0x7fc0 : rounded);
+  to->bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp(x) for x <= 0, to 1 ulp in fp32 and 2 ulp in fp64: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, 2^n by its
-// bits. The result is 0 where it would be subnormal. NaN gives NaN. (Cody and Waite; coefficients are Cephes expf's.)
-COSMO_INLINE float exp_negative(float x) {
-  float clamped = x < -87.0f ? -87.0f : x;
-  float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer n lands in the low bits
-  float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
+COSMO_INLINE void store_vector(float* to, f32x16 x) { std::memcpy(to, &x, sizeof x); }
+COSMO_INLINE void store_vector(double* to, f64x8 x) { std::memcpy(to, &x, sizeof x); }
+COSMO_INLINE void store_vector(bf16* to, f32x16 x) {  // as `store`, but the caller has seen to it that there is no NaN
+  u32x16 bits = (u32x16)x;
+  u16x16 rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+template <class V>
+COSMO_INLINE V larger(V a, V b) {  // b where a is NaN
+  return a > b ? a : b;
+}
+template <class V>
+COSMO_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
+// exp(x) for x below 80 (fp32) or 700 (fp64), to 1 ulp in fp32 and 2 ulp in fp64: x = n ln 2 + r, |r| <= ln 2 / 2, a
+// polynomial in r (minimax in fp32, Cephes exp in fp64), 2^n by its bits. The result is 0 where it would be subnormal.
+// NaN gives NaN.
+COSMO_INLINE f32x16 exp_bounded(f32x16 x) {
+  f32x16 clamped = x < -87.0f ? f32x16{} - 87.0f : x;
+  f32x16 shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer n lands in the low bits
+  f32x16 n = shifted - 12582912.0f;
+  f32x16 r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t power = (bit_cast<uint32_t>(shifted) << 23) + (127u << 23);
-  float result = p * bit_cast<float>(power);
-  return x < -87.0f ? 0.0f : result;
+  f32x16 p = r * 1.3814540580e-3f + 8.3687454462e-3f;
+  p = p * r + 4.1668388993e-2f;
+  p = p * r + 1.6666521132e-1f;
+  p = p * r + 4.9999994040e-1f;
+  p = p * (r * r) + r;
+  p = p + 1.0f;
+  f32x16 result = p * (f32x16)(((u32x16)shifted << 23) + (127u << 23));
+  return x < -87.0f ? f32x16{} : result;
 }
 
-COSMO_INLINE double exp_negative(double x) {
-  double clamped = x < -708.0 ? -708.0 : x;
-  double shifted = clamped * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
-  double n = shifted - 6755399441055744.0;
-  double r = clamped - n * 6.93145751953125e-1;
+COSMO_INLINE f64x8 exp_bounded(f64x8 x) {
+  f64x8 clamped = x < -708.0 ? f64x8{} - 708.0 : x;
+  f64x8 shifted = clamped * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
+  f64x8 n = shifted - 6755399441055744.0;
+  f64x8 r = clamped - n * 6.93145751953125e-1;
   r = r - n * 1.42860682030941723212e-6;
-  double rr = r * r;  // exp(r) = 1 + 2 r P(r^2) / (Q(r^2) - r P(r^2)), Cephes exp
-  double p = r * ((1.26177193074810590878e-4 * rr + 3.02994407707441961300e-2) * rr + 9.99999999999999999910e-1);
-  double q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr + 2.27265548208155028766e-1) * rr + 2.0;
-  uint64_t power = (bit_cast<uint64_t>(shifted) << 52) + (uint64_t(1023) << 52);
-  double result = (1.0 + 2.0 * p / (q - p)) * bit_cast<double>(power);
-  return x < -708.0 ? 0.0 : result;
-}
-
-COSMO_INLINE float copy_sign(float magnitude, float sign) {
-  return bit_cast<float>(bit_cast<uint32_t>(magnitude) | (bit_cast<uint32_t>(sign) & 0x80000000u));
-}
-COSMO_INLINE double copy_sign(double magnitude, double sign) {
-  return bit_cast<double>(bit_cast<uint64_t>(magnitude) | (bit_cast<uint64_t>(sign) & (uint64_t(1) << 63)));
+  f64x8 rr = r * r;  // exp(r) = 1 + 2 r P(r^2) / (Q(r^2) - r P(r^2))
+  f64x8 p = r * ((1.26177193074810590878e-4 * rr + 3.02994407707441961300e-2) * rr + 9.99999999999999999910e-1);
+  f64x8 q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr + 2.27265548208155028766e-1) * rr + 2.0;
+  f64x8 result = (1.0 + 2.0 * p / (q - p)) * (f64x8)(((u64x8)shifted << 52) + (uint64_t(1023) << 52));
+  return x < -708.0 ? f64x8{} : result;
 }
 
 // tanh with a small relative error everywhere: a polynomial near 0, the exponential elsewhere (Cephes tanhf, tanh).
-COSMO_INLINE float tanh_fast(float x) {
-  float a = x < 0 ? -x : x, xx = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * xx + 2.06390887954e-2f;
+COSMO_INLINE f32x16 tanh_fast(f32x16 x) {
+  f32x16 a = x < 0 ? -x : x, xx = x * x;
+  f32x16 p = xx * -5.70498872745e-3f + 2.06390887954e-2f;
   p = p * xx + -5.37397155531e-2f;
   p = p * xx + 1.33314422036e-1f;
   p = p * xx + -3.33332819422e-1f;
-  float e = exp_negative(-2.0f * a);
-  return a < 0.625f ? x + x * xx * p : copy_sign((1.0f - e) / (1.0f + e), x);
+  f32x16 e = exp_bounded(-2.0f * a), far = (1.0f - e) / (1.0f + e);
+  return a < 0.625f ? x + x * xx * p : (x < 0 ? -far : far);
 }
-COSMO_INLINE double tanh_fast(double x) {
-  double a = x < 0 ? -x : x, xx = x * x;
-  double p = (-9.64399179425052238628e-1 * xx + -9.92877231001918586564e1) * xx + -1.61468768441708447952e3;
-  double q = ((xx + 1.12811678491632931402e2) * xx + 2.23548839060100448583e3) * xx + 4.84406305325125486048e3;
-  double e = exp_negative(-2.0 * a);
-  return a < 0.625 ? x + x * xx * p / q : copy_sign((1.0 - e) / (1.0 + e), x);
+COSMO_INLINE f64x8 tanh_fast(f64x8 x) {
+  f64x8 a = x < 0 ? -x : x, xx = x * x;
+  f64x8 p = (-9.64399179425052238628e-1 * xx + -9.92877231001918586564e1) * xx + -1.61468768441708447952e3;
+  f64x8 q = ((xx + 1.12811678491632931402e2) * xx + 2.23548839060100448583e3) * xx + 4.84406305325125486048e3;
+  f64x8 e = exp_bounded(-2.0 * a), far = (1.0 - e) / (1.0 + e);
+  return a < 0.625 ? x + x * xx * p / q : (x < 0 ? -far : far);
 }
 
 // What one row comes to, given the maximum m and the sums over every column except the target's:

@@ -148,7 +148,7 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(dtype, chunks):
         loss = getattr(result, "loss", result)
         return [loss.detach(), *_grads(loss, h, w)]
 
-    wide = TokenBatch(*(x.double() if x.is_floating_point() else x for x in vars(batch).values()))
+    wide = TokenBatch(*(None if x is None else x.double() if x.is_floating_point() else x for x in vars(batch).values()))
     truth = run(hidden.double(), weight.double(), wide, linear_policy_loss_reference)
     eager = run(hidden, weight, batch, linear_policy_loss_reference)
     ours = run(hidden, weight, batch, linear_policy_loss, chunk_rows=-(-n // chunks))

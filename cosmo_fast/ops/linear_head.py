@@ -56,7 +56,7 @@ class LinearHead:
         """(n, V) in a buffer that the next call overwrites. One GEMM."""
         if self._buffer is None or self._buffer.shape[0] < rows.shape[0]:
             self._buffer = None  # freed before its successor is made
-            self._buffer = rows.new_empty(rows.shape[0], self.weight.shape[0], dtype=self.dtype)
+            self._buffer = fresh(rows, (rows.shape[0], self.weight.shape[0]), self.dtype)
         logits, weight = self._buffer[: rows.shape[0]], self.weight.t()
         if self.widens and rows.dtype != self.dtype:
             torch.mm(rows, weight, out_dtype=self.dtype, out=logits)
@@ -80,12 +80,20 @@ class LinearHead:
 class HeadGradient:
     """Sums the gradients by hidden, weight and bias over chunks: dW and db in fp32 (fp64) once there are several."""
 
-    def __init__(self, head: LinearHead, needs: tuple[bool, bool, bool], chunks: int):
-        """needs: which of hidden, weight and bias want a gradient. chunks: how often `add` will be called."""
-        self.head, self.needs, self.single = head, needs, chunks == 1
+    def __init__(self, head: LinearHead, needs: tuple[bool, bool, bool], chunks: int, into: Tensor | None = None):
+        """needs: which of hidden, weight and bias want a gradient. chunks: how often `add` will be called.
+
+        into: (V, d), takes dW on top of what it holds; `results` then has none.
+        """
+        self.head, self.needs, self.into = head, needs, into
         wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        # A sum of several chunks is kept wide; one chunk is rounded once anyway.
+        direct = into is not None and (chunks == 1 or into.dtype == wide)
+        self.single = chunks == 1 and not direct
         self.hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = None if self.single or not needs[1] else torch.zeros_like(head.weight, dtype=wide)
+        self.weight = into if direct else None
+        if needs[1] and self.weight is None and chunks > 1:
+            self.weight = fresh(head.weight, head.weight.shape, wide).zero_()
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
 
     def add(
@@ -113,6 +121,10 @@ class HeadGradient:
         if slots is not None:
             rows = rows[slots]
             index = slots + index.start if isinstance(index, slice) else index[slots]
+        self.add_dz(dz, rows, index)
+
+    def add_dz(self, dz: Tensor, rows: Tensor, index: Tensor | slice) -> None:
+        """The products of one chunk: dz (f, V) is the gradient by its logits, `index` where its rows lie in hidden."""
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
         dz = dz.to(rows.dtype)
@@ -121,10 +133,22 @@ class HeadGradient:
                 torch.mm(dz, self.head.weight, out=self.hidden[index])
             else:
                 self.hidden[index] = torch.mm(dz, self.head.weight).to(self.hidden.dtype)
-        if not self.needs[1]:
-            return
-        if self.single:
-            self.weight = torch.mm(dz.t(), rows)
+        if self.needs[1]:
+            self._add_weight(dz, rows)
+
+    def _add_weight(self, dz: Tensor, rows: Tensor) -> None:
+        """dW (+)= dz.T @ rows."""
+        turned = dz.device.type == "cpu" and dz.dtype == torch.bfloat16 and dz.shape[0] >= _TURNED_ROWS
+        if turned and (self.single or self.weight.dtype == torch.float32):
+            if self.single:
+                self.weight = fresh(rows, self.head.weight.shape, rows.dtype)
+            left, product = rows.t().contiguous(), rows.new_empty(rows.shape[1], _TURNED_BLOCK + 32)
+            for start in range(0, dz.shape[1], _TURNED_BLOCK):
+                block = dz[:, start : start + _TURNED_BLOCK]
+                part = torch.mm(left, block, out=product[:, : block.shape[1]])
+                torch.ops.cosmo_fast.add_transposed_(self.weight[start : start + block.shape[1]], part)
+        elif self.single:
+            self.weight = torch.mm(dz.t(), rows, out=fresh(rows, self.head.weight.shape, rows.dtype))
         elif dz.dtype == self.weight.dtype:
             self.weight.addmm_(dz.t(), rows)
         elif dz.device.type == "cuda":
@@ -134,10 +158,26 @@ class HeadGradient:
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients by hidden, weight and bias in the parameters' dtype; None where none is wanted."""
-        if self.needs[1] and self.weight is None:  # no row had a coefficient
-            self.weight = torch.zeros_like(self.head.weight)
         dtype = self.head.parameter_dtype
+        if self.into is not None:
+            if self.weight is not None and self.weight is not self.into:
+                self.into += self.weight
+            self.weight = None
+        elif self.needs[1] and self.weight is None:  # no row had a coefficient
+            self.weight = torch.zeros_like(self.head.weight)
         return self.hidden, *(None if g is None else g.to(dtype) for g in (self.weight, self.bias))
+
+
+# From this many rows on a bf16 dW on a CPU is made as (rows.T @ dz).T, in blocks of columns that stay in the cache.
+_TURNED_ROWS, _TURNED_BLOCK = 512, 4096
+
+
+def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor, on a CPU in huge pages where it is large and the system has them."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if tensor.device.type == "cpu" and tensor.nbytes >= 1 << 23:
+        torch.ops.cosmo_fast.huge_pages_(tensor)
+    return tensor
 
 
 def compacting_rows(keep: Tensor) -> Tensor | None:
