@@ -14,6 +14,9 @@ class TokenBatch:
     targets: int64 token ids. weight: fp32, 0 = masked; the aggregation *is* these weights, made once per optimiser step
     over all micro-batches and ranks (`objectives.aggregate`), so that the loss Σ weight·ℓ adds up over any split.
     sequence: int64, non-decreasing ids. advantage, old_logp, ref_logp: floating, where the objective needs them.
+    correction: floating, multiplies the policy term, not KL or entropy (`importance_correction`); where it is 0 that
+    term is gone. position: floating, 0 at a sequence's first token and 1 at its last (`sequence_position`); it is data,
+    not found from `sequence`, so that a token-level objective may be given any part of a sequence.
     """
 
     targets: Tensor
@@ -22,6 +25,8 @@ class TokenBatch:
     advantage: Tensor | None = None
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+    correction: Tensor | None = None
+    position: Tensor | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -65,8 +70,24 @@ class Objective:
         return self.function(logp, entropy, batch)
 
 
+def sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:
+    """The sum of `values` (N,) over each token's sequence, at every token (N,). Ids must be non-decreasing."""
+    return _by_sequence(values, sequence)[0]
+
+
 def sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
     """The mean of `values` (N,) over each token's sequence, at every token (N,). Ids must be non-decreasing."""
+    total, count = _by_sequence(values, sequence)
+    return total / count
+
+
+def sequence_position(sequence: Tensor) -> Tensor:
+    """Where each token of `sequence` (N,), non-decreasing ids, lies in its sequence: (N,) fp32, 0 first, 1 last."""
     _, index, count = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
-    total = values.new_zeros(count.shape[0]).index_add(0, index, values)
-    return (total / count)[index]
+    place = torch.arange(sequence.shape[0], device=sequence.device) - (count.cumsum(0) - count)[index]
+    return place / (count[index] - 1).clamp(min=1)
+
+
+def _by_sequence(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    _, index, count = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
+    return values.new_zeros(count.shape[0]).index_add(0, index, values)[index], count[index]
