@@ -57,6 +57,11 @@ def _case(n=23, d=8, v=37, dtype=torch.float64, seed=0, masked=0.3, scale=1.0):
     return hidden, weight, bias, batch
 
 
+def _double(batch):
+    given = {k: x for k, x in vars(batch).items() if x is not None}
+    return TokenBatch(**{k: x.double() if x.is_floating_point() else x for k, x in given.items()})
+
+
 def _grads(loss, *leaves):
     return torch.autograd.grad(loss, leaves)
 
@@ -148,7 +153,7 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(dtype, chunks):
         loss = getattr(result, "loss", result)
         return [loss.detach(), *_grads(loss, h, w)]
 
-    wide = TokenBatch(*(None if x is None else x.double() if x.is_floating_point() else x for x in vars(batch).values()))
+    wide = _double(batch)
     truth = run(hidden.double(), weight.double(), wide, linear_policy_loss_reference)
     eager = run(hidden, weight, batch, linear_policy_loss_reference)
     ours = run(hidden, weight, batch, linear_policy_loss, chunk_rows=-(-n // chunks))
@@ -303,6 +308,69 @@ def test_backward_scales_accumulates_and_may_be_kept():
     linear_policy_loss(hidden, weight, batch, sft()).loss.backward()
     _assert_near(kept, [2 * g for g in expected])
     _assert_near((hidden.grad, weight.grad), [4 * g for g in expected])
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 4096])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dw_may_be_added_to_the_weights_gradient_itself(tied, chunk_rows):
+    hidden, weight, bias, batch = _case()
+    results = []
+    for accumulate in (False, True):
+        w, b = weight.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+        h = w[batch.targets] * 1.5 if tied else hidden.detach().clone().requires_grad_()  # an embedding of the tokens
+        for _ in range(2):
+            options = {"bias": b, "chunk_rows": chunk_rows, "accumulate_weight_grad": accumulate}
+            linear_policy_loss(h, w, batch, grpo(0.9), **options).loss.backward(retain_graph=tied and not accumulate)
+            h = w[batch.targets] * 1.5 if tied else h
+        results.append([w.grad, b.grad, *([] if tied else [h.grad])])
+    _assert_near(*results)
+
+
+def test_dw_in_the_weights_gradient_keeps_its_dtype_and_needs_no_second_matrix():
+    hidden, weight, _, batch = _case(16, 32, 300, torch.bfloat16)
+    for chunk_rows in (5, 4096):
+        weight.grad = None
+        expected = _grads(linear_policy_loss(hidden, weight, batch, sft(), chunk_rows=chunk_rows).loss, weight)[0]
+        options = {"chunk_rows": chunk_rows, "accumulate_weight_grad": True}
+        linear_policy_loss(hidden, weight, batch, sft(), **options).loss.backward()
+        assert weight.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_dw_is_not_added_where_something_else_must_see_it():
+    hidden, weight, _, batch = _case()
+
+    def run(w, backward=lambda loss: loss.backward()):
+        backward(linear_policy_loss(hidden, w, batch, sft(), accumulate_weight_grad=True).loss)
+
+    with pytest.raises(ValueError, match="not a leaf"):
+        run(weight * 1)
+    hooked = weight.detach().clone().requires_grad_()
+    hooked.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="hooks"):
+        run(hooked)
+    managed = weight.detach().clone().requires_grad_()
+    managed.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        run(managed)
+    with pytest.raises(RuntimeError, match="gradient of 1"):
+        run(weight, lambda loss: (2 * loss).backward())
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        run(weight, lambda loss: loss.backward(retain_graph=True))
+
+
+@compiled_only
+@pytest.mark.skipif(DEVICE != "cpu", reason="how a CPU lays out its products")
+@pytest.mark.parametrize("n", [511, 512, 700])
+@pytest.mark.parametrize("columns", [100, 4097])
+def test_a_turned_dw_is_the_same(n, columns):
+    hidden, weight, _, batch = _case(n, 24, columns, torch.bfloat16, scale=0.3)
+    wide = _double(batch)
+    truth = _grads(linear_policy_loss_reference(hidden.double(), weight.double(), wide, sft()), weight)[0].double()
+    eager = _grads(linear_policy_loss_reference(hidden, weight, batch, sft()), weight)[0].double()
+    for chunk_rows in (4096, 600):
+        ours = _grads(linear_policy_loss(hidden, weight, batch, sft(), chunk_rows=chunk_rows).loss, weight)[0].double()
+        assert (ours - truth).norm() <= 1.1 * (eager - truth).norm()
 
 
 # --- bad input ---

@@ -3,10 +3,12 @@
 from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
 from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
+from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_reference
 
 __all__ = [
     "LossOutput",
+    "RowTolerance",
     "Segments",
     "VocabStats",
     "linear_logprobs",

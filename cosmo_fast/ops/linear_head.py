@@ -197,9 +197,12 @@ class HandOut(torch.autograd.Function):
     """Ties gradients that were made in the forward to a scalar; the backward multiplies them by what comes in."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, gradients):
-        """loss: the scalar to return. gradients: by hidden, weight and bias, None where none is wanted."""
-        ctx.gradients = gradients
+    def forward(ctx, hidden, weight, bias, loss, gradients, added=False):
+        """loss: the scalar to return. gradients: by hidden, weight and bias, None where none is wanted.
+
+        added: a gradient has been added where it belongs already, for an incoming 1.
+        """
+        ctx.gradients, ctx.added = gradients, added
         return loss.clone()
 
     @staticmethod
@@ -211,12 +214,20 @@ class HandOut(torch.autograd.Function):
             raise RuntimeError(
                 "linear_policy_loss was differentiated a second time; give the first backward retain_graph=True"
             )
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            return *(None if g is None else g * incoming.to(g.dtype) for g in gradients), None, None
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if ctx.added:
+            if keep:
+                raise RuntimeError("accumulate_weight_grad adds dW once: call backward without retain_graph")
+            message = "accumulate_weight_grad has added dW for a gradient of 1: put factors into the batch's weights"
+            if incoming.device.type == "cpu" and incoming != 1:
+                raise RuntimeError(f"{message}, the incoming one is {incoming.item()}")
+            torch._assert_async(incoming == 1, message)  # on a GPU without a host sync
+        if keep:
+            return *(None if g is None else g * incoming.to(g.dtype) for g in gradients), None, None, None
         ctx.gradients = None
         # On a CPU reading the scalar is free, and it is 1 in most calls; on a GPU it would be a host sync.
         if incoming.device.type != "cpu" or incoming != 1:
             for g in gradients:
                 if g is not None:
                     g.mul_(incoming.to(g.dtype))
-        return *gradients, None, None
+        return *gradients, None, None, None

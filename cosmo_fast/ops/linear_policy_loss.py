@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cosmo_fast.objectives.base import Objective, TokenBatch
 from cosmo_fast.ops.linear_head import HandOut, HeadGradient, LinearHead
+from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats_reference
 
 _LOSS = "the loss itself"  # its sum is kept beside those of the metrics, under a name that no metric has
@@ -20,13 +21,15 @@ _LOSS = "the loss itself"  # its sum is kept beside those of the metrics, under 
 class LossOutput(NamedTuple):
     """loss: scalar, differentiable. logp, entropy (N,): 0 under the mask, no gradient. metrics: scalar means by name.
 
-    A metric is its mean under the batch's weights, Σ w·x / Σ w; 0 where everything is masked.
+    A metric is its mean under the batch's weights, Σ w·x / Σ w; 0 where everything is masked. dropped: what a
+    `row_tolerance` cost (see `RowTolerance.thin`), scalars that add up over calls; None without one.
     """
 
     loss: Tensor
     logp: Tensor
     entropy: Tensor
     metrics: dict[str, Tensor]
+    dropped: dict[str, Tensor] | None = None
 
 
 def linear_policy_loss(
@@ -40,6 +43,8 @@ def linear_policy_loss(
     logit_softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_rows: int = 4096,
+    row_tolerance: RowTolerance | float | None = None,
+    accumulate_weight_grad: bool = False,
 ) -> LossOutput:
     """Σ weight·objective over the tokens of `batch`, from hidden states (N, d) and the head (V, d); no (N, V) is kept.
 
@@ -50,21 +55,56 @@ def linear_policy_loss(
     temperature: a number or (N,), divides the logits after the cap. logits_dtype: fp32 for an fp32 head on bf16.
     chunk_rows: rows of logits that exist at a time; peak memory is chunk_rows·V logits and, for several chunks, one
     fp32 dW. Nothing under the mask (weight 0) is read beyond its weight. Raises ValueError for shapes, dtypes, options.
+    row_tolerance: a `RowTolerance`, or its share: rows with the smallest gradients leave the gradient products.
+    accumulate_weight_grad: this call adds dW to head_weight.grad itself, without a second (V, d) matrix; backward must
+    then be called with gradient 1. Refused where something else would have to see dW first: hooks, several ranks,
+    DeepSpeed, a weight that is no leaf. A head that is tied to the input embedding may use it.
     """
     if len(batch) != hidden.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, the batch {len(batch)} tokens")
     options = {"temperature": temperature, "logit_softcap": logit_softcap, "chunk_rows": chunk_rows}
     parameters = (hidden, head_weight, bias)
     needs = tuple(torch.is_grad_enabled() and p is not None and p.requires_grad for p in parameters)
+    if isinstance(row_tolerance, float | int):
+        row_tolerance = RowTolerance(row_tolerance)
+    into = None
+    if accumulate_weight_grad and needs[1]:
+        into = _weight_grad(head_weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = LinearHead(hidden, head_weight, bias, logits_dtype=logits_dtype, **options)
-        output, gradients = _forward(head, batch, objective, needs)
+        output, gradients = _forward(head, batch, objective, needs, row_tolerance, into)
     if not any(needs):
         return output
-    return output._replace(loss=HandOut.apply(*parameters, output.loss, gradients))
+    return output._replace(loss=HandOut.apply(*parameters, output.loss, gradients, into is not None))
 
 
-def _forward(head: LinearHead, batch: TokenBatch, objective: Objective, needs: tuple[bool, bool, bool]):
+def _weight_grad(weight: Tensor) -> Tensor:
+    """The gradient of `weight`, made if there is none. ValueError where adding to it here would go unseen."""
+    reason, distributed = None, torch.distributed
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if not weight.is_leaf:
+        reason = "head_weight is not a leaf: its gradient belongs to what it was made of"
+    elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        reason = "head_weight has gradient hooks, which would not see dW"
+    elif hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        reason = "head_weight is managed by DeepSpeed"
+    elif ranks > 1:
+        reason = f"{ranks} ranks reduce their gradients in hooks, which would not see dW"
+    if reason:
+        raise ValueError(f"{reason}; set accumulate_weight_grad=False")
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    return weight.grad
+
+
+def _forward(
+    head: LinearHead,
+    batch: TokenBatch,
+    objective: Objective,
+    needs: tuple[bool, bool, bool],
+    tolerance: RowTolerance | None,
+    into: Tensor | None,
+):
     n, device = len(batch), head.hidden.device
     wide = torch.float64 if head.dtype == torch.float64 else torch.float32
     counted = (batch.weight != 0).nonzero()[:, 0]
@@ -72,7 +112,9 @@ def _forward(head: LinearHead, batch: TokenBatch, objective: Objective, needs: t
     batch = batch if dense else batch.select(counted)
     plan = _chunks(batch.sequence, head.chunk_rows, getattr(objective, "sequence_level", True))
     pieces = sum(len(group) for group in plan)
-    gradient = HeadGradient(head, needs, pieces) if any(needs) else None
+    gradient = HeadGradient(head, needs, pieces, into) if any(needs) else None
+    dropped = None if tolerance is None else {}
+    generator = None if tolerance is None else tolerance.generator(device)
     logp, entropy = (torch.zeros(n, dtype=wide, device=device) for _ in range(2))
     sums: dict[str, Tensor] = {}
     for group in plan:
@@ -88,6 +130,11 @@ def _forward(head: LinearHead, batch: TokenBatch, objective: Objective, needs: t
         c_logp, c_entropy = _coefficients(objective, stats, tokens, sums, any(needs))
         if gradient is None:
             continue
+        if tolerance is not None:
+            factor, costs = tolerance.thin(*_sizes(head, index, stats, c_logp, c_entropy), generator)
+            c_logp = c_logp * factor
+            c_entropy = None if c_entropy is None else c_entropy * factor
+            dropped = {name: cost + dropped.get(name, 0) for name, cost in costs.items()}
         for k, (where, targets, stat) in enumerate(zip(index, parts, stats, strict=True)):
             if len(group) > 1:  # a sequence longer than a chunk: its logits are made again
                 rows = head.rows(where)
@@ -99,7 +146,7 @@ def _forward(head: LinearHead, batch: TokenBatch, objective: Objective, needs: t
     weight_sum = batch.weight.double().sum()
     metrics = {name: (total / weight_sum).to(wide) for name, total in sums.items() if name != _LOSS}
     loss = sums[_LOSS].to(wide) if sums else torch.zeros((), dtype=wide, device=device)
-    return LossOutput(loss, logp, entropy, metrics), None if gradient is None else gradient.results()
+    return LossOutput(loss, logp, entropy, metrics, dropped), None if gradient is None else gradient.results()
 
 
 def _chunks(sequence: Tensor, chunk_rows: int, whole: bool) -> list[list[tuple[int, int]]]:
@@ -143,6 +190,20 @@ def _coefficients(
         return torch.zeros_like(logp), None
     c_logp, c_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
     return torch.zeros_like(logp) if c_logp is None else c_logp, c_entropy
+
+
+def _sizes(
+    head: LinearHead, index: list, stats: list[VocabStats], c_logp: Tensor, c_entropy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Bounds on ‖dz‖₁, and ‖hidden row‖₂, of the rows of one group of chunks."""
+    logp, entropy = (torch.cat([getattr(s, name) for s in stats]) for name in ("logp", "entropy"))
+    size = c_logp.abs() * -torch.expm1(logp)
+    if c_entropy is not None:
+        size = size + c_entropy.abs() * entropy
+    if head.temperature is not None:
+        size = size / torch.cat([head.temperature[where] for where in index])
+    norms = torch.cat([torch.linalg.vector_norm(head.hidden[where], dim=1, dtype=size.dtype) for where in index])
+    return 2 * size, norms
 
 
 def linear_policy_loss_reference(
