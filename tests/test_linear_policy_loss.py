@@ -209,6 +209,26 @@ def test_logprobs_cost_one_gemm_and_four_with_gradients():
     assert count.total == pytest.approx(4)
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "logit_softcap": 2.0}])
+def test_the_most_probable_tokens_come_with_the_log_probs(how):
+    hidden, weight, bias, batch = _case(24)
+    with Flops(24, 37, 8) as count:
+        logp, entropy, top, ids = linear_logprobs(
+            hidden, weight, batch.targets, bias=bias, chunk_rows=7, top_k=5, **how
+        )
+    assert count.total == pytest.approx(1) and not top.requires_grad
+    every = torch.stack(
+        [linear_logprobs_reference(hidden, weight, batch.targets * 0 + v, bias=bias, **how)[0] for v in range(37)], 1
+    )
+    expected, order = every.topk(5, dim=1)
+    assert torch.equal(ids, order)
+    _assert_near((top,), (expected.detach(),))
+    _assert_near((logp, entropy), linear_logprobs_reference(hidden, weight, batch.targets, bias=bias, **how))
+    _assert_near(_grads(logp.sum(), hidden), _grads(every.gather(1, batch.targets[:, None]).sum(), hidden))
+    with pytest.raises(ValueError, match="top_k"):
+        linear_logprobs(hidden, weight, batch.targets, top_k=38)
+
+
 def test_rows_without_a_coefficient_cost_one_gemm_and_change_only_the_rounding(monkeypatch):
     hidden, weight, bias, batch = _case(24, masked=0.0)
     batch.advantage[::2] = 0.0

@@ -76,6 +76,20 @@ class LinearHead:
         temperature = self.row_temperatures(index)
         return VocabStats(*torch.ops.cosmo_fast.vocab_stats(logits, targets, temperature, self.softcap))
 
+    def top(
+        self, logits: Tensor, targets: Tensor, stats: VocabStats, index: Tensor | slice, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and ids (n, k) of the most probable tokens of one chunk."""
+        values, ids = logits.topk(k, dim=1)
+        y = torch.cat([values, logits.gather(1, targets[:, None])], 1).to(stats.logp.dtype)
+        if self.softcap:
+            y = self.softcap * torch.tanh(y / self.softcap)
+        temperature, highest = self.row_temperatures(index), stats.other_max
+        if temperature is not None:
+            y, highest = y / temperature[:, None], highest / temperature
+        total = torch.logaddexp(highest + stats.other_sum.log(), y[:, -1])
+        return torch.where(ids == targets[:, None], stats.logp[:, None], y[:, :-1] - total[:, None]), ids
+
 
 class HeadGradient:
     """Sums the gradients by hidden, weight and bias over chunks: dW and db in fp32 (fp64) once there are several."""
