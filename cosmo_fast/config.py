@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,21 @@ ALIASES = {
     "lr": "learning_rate",
     "total_steps": "max_steps",
 }
+
+
+LossType = Literal[
+    "reinforce", "rloo", "reinforce_pp", "grpo", "dr_grpo", "bnpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "luspo",
+    "vespo", "cpgd",
+]  # fmt: skip
+AdvantageKind = Literal[
+    "group", "batch", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "cpgd", "cale"
+]
+# Settings that only some losses read. None is the loss's own default; one that the loss does not read is an error.
+LOSS_OPTIONS = (
+    "epsilon epsilon_high delta dual_clip importance_sampling_level epsilon_start alpha drift_cap kl "
+    "use_bias_correction_kl sapo_temperature_pos sapo_temperature_neg "
+    "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+).split()
 
 
 class ConfigError(ValueError):
@@ -50,6 +66,8 @@ class StageConfig(_Strict):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     freeze_vision_tower: bool = False
+    row_tolerance: float = Field(default=0.0, ge=0, lt=1)  # share of the gradient's mass that the head may leave out
+    row_tolerance_unbiased: bool = False  # keep such rows by chance instead: right in expectation
     # RL
     num_generations: int = Field(default=8, gt=1)
     steps_per_generation: int | None = Field(default=None, gt=0)  # micro-steps a rollout; default: one optimiser step
@@ -58,15 +76,28 @@ class StageConfig(_Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    loss_type: Literal["grpo", "cpgd"] = "cpgd"
+    loss_type: LossType = "cpgd"
     aggregation: (
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "prompt-mean-token-mean"] | None
-    ) = None
-    advantage: Literal["group", "dr_grpo", "rloo", "cpgd"] | None = None
-    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    ) = None  # default: as the loss's paper has it, like the advantage
+    advantage: AdvantageKind | None = None
+    epsilon: float | None = Field(default=None, gt=0)
     epsilon_high: float | None = Field(default=None, gt=0)
-    alpha: float = Field(default=0.01, ge=0)  # CPGD policy drift
+    delta: float | None = None
+    dual_clip: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] | None = None
+    epsilon_start: float | None = None  # CPGD: the clip at a sequence's first token
+    alpha: float | None = None  # CPGD: policy drift
+    drift_cap: float | None = None
+    sapo_temperature_pos: float | None = None
+    sapo_temperature_neg: float | None = None
+    vespo_k_pos: float | None = None
+    vespo_lambda_pos: float | None = None
+    vespo_k_neg: float | None = None
+    vespo_lambda_neg: float | None = None
     beta: float = Field(default=0.0, ge=0)  # KL to the policy at the start of the stage
+    kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
+    use_bias_correction_kl: bool | None = None
     entropy_coef: float = 0.0
     mask_truncated_completions: bool = False
     reward_recipe: dict[str, dict[str, float]] | None = None  # label -> reward -> weight; default: seeds of COSMO-RL
@@ -86,13 +117,7 @@ class StageConfig(_Strict):
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: a setting of rl stages, but stage {self.name!r} is kind: sft")
             return self
-        if self.loss_type == "grpo" and "alpha" in self.model_fields_set:
-            raise ValueError(f"alpha={self.alpha} is CPGD's; loss_type: grpo does not read it")
-        if self.loss_type == "cpgd" and self.num_iterations > 1:
-            raise ValueError(
-                f"num_iterations={self.num_iterations}: CPGD reweights the advantages of later passes, which this "
-                "version does not; use num_iterations: 1 or loss_type: grpo"
-            )
+        self._resolve_loss()
         completions = self.completions_per_rollout
         if completions % self.num_generations:
             raise ValueError(
@@ -116,6 +141,22 @@ class StageConfig(_Strict):
                 "a rollout (steps_per_generation / gradient_accumulation_steps × num_iterations)"
             )
         return self
+
+    def _resolve_loss(self) -> None:
+        """Fills in the loss's own defaults; ValueError for an option that it does not read or that has a bad value."""
+        from cosmo_fast.objectives import LOSSES, objective  # torch: not for whom no recipe is read
+
+        read = inspect.signature(LOSSES[self.loss_type]).parameters
+        for name in LOSS_OPTIONS:
+            if getattr(self, name) is None and name in read:
+                setattr(self, name, read[name].default)
+        objective(self.loss_type, **self.loss_options)
+
+    @property
+    def loss_options(self) -> dict[str, float | str | bool]:
+        """What `objectives.objective` takes besides the name."""
+        given = {name: getattr(self, name) for name in (*LOSS_OPTIONS, "beta", "entropy_coef")}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def micro_steps(self) -> int:

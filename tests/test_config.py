@@ -1,9 +1,13 @@
 """Recipes: flags win, stages go by name, and every mistake is one message that names the key and the value."""
 
+import inspect
+from typing import get_args
+
 import pytest
 import yaml
 
-from cosmo_fast.config import RECIPES, ConfigError, load_config
+from cosmo_fast.config import LOSS_OPTIONS, RECIPES, ConfigError, LossType, load_config
+from cosmo_fast.objectives import LOSSES
 
 RECIPE = {
     "output_dir": "runs/x",
@@ -70,7 +74,7 @@ def test_every_shipped_recipe_is_valid(name):
             "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2",
         ),
         (["--stages.rl.max_steps", "6"], "max_steps=6 is not a multiple of the 4 optimiser steps of a rollout"),
-        (["--stages.rl.loss_type", "ppo"], "stages.rl.loss_type: .*'grpo' or 'cpgd'.*got 'ppo'"),
+        (["--stages.rl.loss_type", "ppo"], "stages.rl.loss_type: .*'grpo', .* 'vespo' or 'cpgd'.*got 'ppo'"),
         (["--stages.rl.temperature", "0"], "stages.rl.temperature: .*greater than 0.*got 0"),
         (["--stages.cold.epsilon", "0.1"], "epsilon: a setting of rl stages, but stage 'cold' is kind: sft"),
         (["--stages.cold.name", "rl"], "twice"),
@@ -105,3 +109,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(path))
+
+
+def test_every_loss_can_be_named_in_a_recipe_and_every_option_of_one_is_a_setting():
+    assert set(get_args(LossType)) == LOSSES.keys() - {"sft"}
+    read = {name for loss in LOSSES.values() for name in inspect.signature(loss).parameters}
+    assert read == {*LOSS_OPTIONS, "beta", "entropy_coef", "reweight"}

@@ -1,10 +1,12 @@
 """The trainer from end to end on a small world: what a run leaves, resume, and bad input before any work."""
 
 import json
+import math
 import os
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from cosmo_fast import cli, train
@@ -112,6 +114,28 @@ def test_several_updates_a_rollout_and_several_passes_over_it(recipe, tmp_path, 
     first, second = shares[:3], shares[3:]
     assert len({id(group) for groups in first for group in groups}) == 6, "three updates take the six groups apart"
     assert [[id(g) for g in groups] for groups in first] == [[id(g) for g in groups] for groups in second]
+
+
+def test_later_passes_of_cpgd_reweight_and_rows_may_be_left_out(recipe, tmp_path, monkeypatch):
+    from cosmo_fast.stages import rl
+
+    seen = []
+    accumulate = rl.accumulate
+    monkeypatch.setattr(rl, "accumulate", lambda c, g, loss, *a: seen.append(loss) or accumulate(c, g, loss, *a))
+    flags = ["--stages.rl.num_iterations=2", "--stages.rl.epsilon_start=0.05", "--stages.rl.row_tolerance=0.05"]
+    run(recipe, *flags, "--stages.rl.row_tolerance_unbiased=true", "--stages.rl.max_steps=4")
+    assert seen[0] is not seen[1], "the second pass of the first rollout"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("row_tolerance/rows", 0) for row in rows) > 0
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["stages"][1]
+    assert (resolved["epsilon"], resolved["alpha"], resolved["delta"]) == (0.2, 0.01, None)
+
+
+@pytest.mark.parametrize("loss_type", ["vespo", "luspo"])
+def test_a_loss_of_whole_sequences_trains(recipe, tmp_path, loss_type):
+    run(recipe, f"--stages.rl.loss_type={loss_type}", "--stages.rl.max_steps=1")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(rows[-1]["loss"]) and rows[-1]["grad_norm"] > 0
 
 
 def test_a_resume_with_other_settings_weights_or_an_earlier_checkpoint_is_refused(
@@ -263,8 +287,8 @@ def assert_error(capsys, message):
         (["--sampling_batch_size", "2"], "num_generations=4 is over sampling_batch_size=2"),
         (["--stages.rl.train_dataset", "{}"], "train_dataset names no file"),
         (["--stages.rl.train_dataset", "{a.jsonl: -1}"], "'a.jsonl' has weight -1"),
-        (["--stages.rl.num_iterations", "2"], "CPGD reweights the advantages of later passes"),
-        (["--stages.rl.loss_type=grpo", "--stages.rl.alpha=0.1"], "alpha=0.1 is CPGD's"),
+        (["--stages.rl.loss_type=grpo", "--stages.rl.alpha=0.1"], "loss_type 'grpo' does not read alpha"),
+        (["--stages.rl.loss_type=gspo", "--stages.rl.delta=1.00001"], "delta must exceed 1 + epsilon_high"),
     ],
 )
 def test_a_bad_setting_stops_the_run_before_it_begins(recipe, tmp_path, flags, message, capsys):

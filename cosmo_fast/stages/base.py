@@ -12,7 +12,7 @@ from cosmo_fast import ops
 from cosmo_fast.config import Config, StageConfig
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
-from cosmo_fast.objectives import TokenBatch
+from cosmo_fast.objectives import TokenBatch, sequence_position
 from cosmo_fast.plan import Plan, Prompt, micro_batches
 
 
@@ -89,28 +89,41 @@ def token_batch(groups: list[Group], plan: Plan, device: torch.device) -> TokenB
 
 
 def accumulate(
-    context: Context, groups: list[Group], objective, temperature: float = 1.0
+    context: Context, groups: list[Group], objective, temperature: float = 1.0, seed: int = 0
 ) -> tuple[float, dict[str, float], list]:
     """Forward and backward of an optimiser step in micro-batches under ``max_tokens_per_batch``; gradients add up.
+
+    seed: of the rows that an unbiased ``row_tolerance`` keeps.
 
     Returns:
         the loss Σ weight · ℓ over all groups, the objective's metrics (means weighted as the tokens are), and for every
         group the log-probs of its responses (list of arrays).
     """
-    policy, total, sums, counted = context.policy, 0.0, defaultdict(float), 0.0
+    policy, stage, total, counted = context.policy, context.stage, 0.0, 0.0
+    sums, dropped = defaultdict(float), defaultdict(float)
     logps: list = [None] * len(groups)
     for indices in micro_batches([g.tokens for g in groups], context.config.max_tokens_per_batch):
         chosen = [groups[i] for i in indices]
         plan = plan_of(chosen)
         hidden = policy.hidden(plan, context.vision.features(plan.media))[plan.tensor("label_rows", policy.device)]
         batch = token_batch(chosen, plan, policy.device)
-        out = ops.linear_policy_loss(hidden, policy.head_weight, batch, objective, temperature=temperature)
+        if stage.epsilon_start is not None:
+            batch.position = sequence_position(batch.sequence)
+        tolerance = None
+        if stage.row_tolerance:
+            seed_here = step_seed(seed, indices[0])
+            tolerance = ops.RowTolerance(stage.row_tolerance, stage.row_tolerance_unbiased, seed_here)
+        options = {"temperature": temperature, "row_tolerance": tolerance}
+        out = ops.linear_policy_loss(hidden, policy.head_weight, batch, objective, **options)
         out.loss.backward()
         mass = float(batch.weight.sum())
         total += float(out.loss.detach())
         counted += mass
         for name, value in out.metrics.items():
             sums[name] += float(value) * mass
+        for name, value in (out.dropped or {}).items():
+            dropped[f"row_tolerance/{name}"] += float(value)
         for i, arrays in zip(indices, by_response(out.logp, chosen), strict=True):
             logps[i] = arrays
-    return total, {name: value / counted for name, value in sums.items()} if counted else {}, logps
+    metrics = {name: value / counted for name, value in sums.items()} if counted else {}
+    return total, metrics | dropped, logps

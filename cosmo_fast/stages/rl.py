@@ -13,15 +13,12 @@ from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.evaluate import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
-from cosmo_fast.objectives import advantages, cpgd, grpo, token_weights
+from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
 from cosmo_fast.plan import Prompt, micro_batches
 from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
 from cosmo_fast.stages.base import Context, Group, accumulate, by_response, plan_of, step_seed
-
-# Aggregation and advantage of each loss as its paper has them; a recipe may choose others.
-DEFAULTS = {"grpo": ("seq-mean-token-mean", "group"), "cpgd": ("prompt-mean-token-mean", "cpgd")}
 
 
 class RLStage:
@@ -45,7 +42,11 @@ class RLStage:
                 context.policy.image_processor,
                 context.policy.family,
             )
-        self.objective, self.aggregation, self.advantage = _loss(stage)
+        aggregation, advantage = DEFAULTS[stage.loss_type]
+        self.aggregation, self.advantage = stage.aggregation or aggregation, stage.advantage or advantage
+        self.objective = self.later_objective = objective(stage.loss_type, **stage.loss_options)
+        if stage.loss_type == "cpgd":
+            self.later_objective = objective(stage.loss_type, **stage.loss_options, reweight=True)
         self.groups: list[Group] = []
         self.rollout_metrics: dict[str, float] = {}
         self.shown: list[dict[str, Any]] = []
@@ -65,7 +66,10 @@ class RLStage:
         used = [g for g in groups if not idle or any(g.advantages)]
         metrics = {"loss": 0.0}
         if used:
-            loss, own, logps = accumulate(self.context, used, self.objective, stage.temperature)
+            loss_function = self.objective if place < updates else self.later_objective
+            loss, own, logps = accumulate(
+                self.context, used, loss_function, stage.temperature, step_seed(self.context.seed, step, 1)
+            )
             own.pop("entropy")  # of the groups in this update only; the rollout's is logged
             metrics = {"loss": loss, **own}
             if place == 0:
@@ -139,23 +143,6 @@ class RLStage:
                 group.ref_logps = arrays
 
 
-def _loss(stage) -> tuple[Any, str, str]:
-    aggregation, advantage = DEFAULTS[stage.loss_type]
-    if stage.loss_type == "grpo":
-        objective = grpo(
-            epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, beta=stage.beta, entropy_coef=stage.entropy_coef
-        )
-    else:
-        objective = cpgd(
-            epsilon=stage.epsilon,
-            epsilon_high=stage.epsilon_high,
-            alpha=stage.alpha,
-            beta=stage.beta,
-            entropy_coef=stage.entropy_coef,
-        )
-    return objective, stage.aggregation or aggregation, stage.advantage or advantage
-
-
 def _share(groups: list[Group], parts: int, part: int) -> list[Group]:
     size = len(groups) // parts
     return groups[part * size : (part + 1) * size]
@@ -168,9 +155,9 @@ def _set_weights(groups: list[Group], aggregation: str, context: Context) -> Non
         ended = [e for g in groups for e in g.ended]
         lengths = [n if e else 0 for n, e in zip(lengths, ended, strict=True)]
     owner = [i for i, g in enumerate(groups) for _ in g.responses]
-    flat = token_weights(
-        aggregation, torch.tensor(lengths), groups=torch.tensor(owner), max_length=context.config.max_completion_length
-    )
+    # LUSPO weighs a sequence by its length, undivided.
+    max_length = 1 if context.stage.loss_type == "luspo" else context.config.max_completion_length
+    flat = token_weights(aggregation, torch.tensor(lengths), groups=torch.tensor(owner), max_length=max_length)
     pieces = iter(flat.split(lengths))
     for group in groups:
         group.weights = []

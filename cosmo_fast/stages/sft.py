@@ -7,7 +7,7 @@ import numpy as np
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.objectives import sft
 from cosmo_fast.plan import Prompt
-from cosmo_fast.stages.base import Context, Group, accumulate
+from cosmo_fast.stages.base import Context, Group, accumulate, step_seed
 
 
 class SFTStage:
@@ -22,8 +22,9 @@ class SFTStage:
         rows = self.mixture.draw(stage.per_device_train_batch_size * stage.gradient_accumulation_steps)
         tokens = sum(len(target) for _, target in rows)
         groups = [Group(prompt, [target], [np.full(len(target), 1 / tokens)]) for prompt, target in rows]
-        loss, metrics, _ = accumulate(self.context, groups, sft())
-        return {"loss": loss, "entropy": metrics["entropy"], "tokens": sum(g.tokens for g in groups)}
+        loss, metrics, _ = accumulate(self.context, groups, sft(), seed=step_seed(self.context.seed, step, 1))
+        metrics.pop("probability", None)
+        return {"loss": loss, **metrics, "tokens": sum(g.tokens for g in groups)}
 
     def samples(self) -> list:
         """Supervised steps sample nothing."""
