@@ -288,7 +288,7 @@ def assert_error(capsys, message):
         (["--stages.rl.train_dataset", "{}"], "train_dataset names no file"),
         (["--stages.rl.train_dataset", "{a.jsonl: -1}"], "'a.jsonl' has weight -1"),
         (["--stages.rl.loss_type=grpo", "--stages.rl.alpha=0.1"], "loss_type 'grpo' does not read alpha"),
-        (["--stages.rl.loss_type=gspo", "--stages.rl.delta=1.00001"], "delta must exceed 1 + epsilon_high"),
+        (["--stages.rl.loss_type=gspo", "--stages.rl.delta=1.00001"], r"delta must exceed 1 \+ epsilon_high"),
     ],
 )
 def test_a_bad_setting_stops_the_run_before_it_begins(recipe, tmp_path, flags, message, capsys):

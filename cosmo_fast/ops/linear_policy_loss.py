@@ -146,6 +146,7 @@ def _forward(
     weight_sum = batch.weight.double().sum()
     metrics = {name: (total / weight_sum).to(wide) for name, total in sums.items() if name != _LOSS}
     loss = sums[_LOSS].to(wide) if sums else torch.zeros((), dtype=wide, device=device)
+    head.release()  # before the results are rounded: the peak is one chunk of logits and one wide dW
     return LossOutput(loss, logp, entropy, metrics, dropped), None if gradient is None else gradient.results()
 
 
