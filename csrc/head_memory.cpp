@@ -1,7 +1,7 @@
 // What the head's products want of memory on a CPU.
-// add_transposed_: blocks (d, m) of a bf16 product into rows (m, d) of the weight's gradient. oneDNN multiplies by a left
-// side that is stored transposed at half its speed, so the product is made the other way round and its result turned.
-// huge_pages_: 2 MiB pages for a large fresh tensor, whose first touch otherwise costs as much as a product.
+// add_transposed_: blocks (d, m) of a bf16 product into rows (m, d) of the weight's gradient. oneDNN multiplies by a
+// left side that is stored transposed at half its speed, so the product is made the other way round and its result
+// turned. huge_pages_: 2 MiB pages for a large fresh tensor, whose first touch otherwise costs as much as a product.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

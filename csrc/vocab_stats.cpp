@@ -61,8 +61,8 @@ struct StatsRows {
   A softcap;
 };
 
-// What a row has come to. Sums are relative to `base`, which lies at the maximum or close below: a block is summed in the
-// same loop that looks for its maximum, and once more only where that turns out to lie far above.
+// What a row has come to. Sums are relative to `base`, which lies at the maximum or close below: a block is summed in
+// the same loop that looks for its maximum, and once more only where that turns out to lie far above.
 struct Running {
   double max = -std::numeric_limits<double>::infinity(), base = max, sum = 0, moment = 0;
 
@@ -78,31 +78,40 @@ struct BlockSums {
   double max, sum, moment;
 };
 
-// Maximum, Σ e^u and Σ e^u u with u = (y - base) / t over `length` elements, a multiple of the lanes. Exact for u up to
-// 80; what lies above is clamped, and seen by the maximum.
-template <class T, class A>
+// Maximum, Σ e^u and Σ e^u u with u = (y - base) / t over `length` elements, a multiple of the step. The sums are
+// arbitrary where the maximum lies far above the base.
+template <bool kHeat, class T, class A>
 COSMO_INLINE BlockSums block_sums(const T* block, int64_t length, A base, A inverse_t) {
   using V = Vector<A>;
-  V top = V{} - std::numeric_limits<A>::infinity(), s = {}, w = {};
-  for (int64_t j = 0; j < length; j += kLanes<A>) {
-    V y = load_vector(block + j);
-    top = larger(y, top);
-    V u = smaller(V{} + A(80), (y - base) * inverse_t);  // in this order a NaN stays one
-    V e = exp_bounded(u);
-    s += e;
-    w += e * larger(u, V{} - A(1000));  // 0 * -inf
+  V top = V{} - std::numeric_limits<A>::infinity(), s[kParts<T>] = {}, w[kParts<T>] = {};
+  for (int64_t j = 0; j < length; j += kStep<T>) {
+    V y[kParts<T>];
+    load_step(block + j, y);
+    for (int k = 0; k < kParts<T>; ++k) {
+      top = larger(y[k], top);
+      V u = y[k] - base;
+      if constexpr (kHeat) u *= inverse_t;
+      V e = exp_bounded(u);
+      s[k] += e;
+      w[k] += e * u;
+    }
   }
-  return {max_of(top), sum_of(s), sum_of(w)};
+  double sum = 0, moment = 0;
+  for (int k = 0; k < kParts<T>; ++k) sum += sum_of(s[k]), moment += sum_of(w[k]);
+  return {max_of(top), sum, moment};
 }
 
 template <class T, class A>
 COSMO_INLINE double block_max(const T* block, int64_t length) {
-  Vector<A> top = Vector<A>{} - std::numeric_limits<A>::infinity();
-  for (int64_t j = 0; j < length; j += kLanes<A>) top = larger(Vector<A>(load_vector(block + j)), top);
+  Vector<A> top = Vector<A>{} - std::numeric_limits<A>::infinity(), y[kParts<T>];
+  for (int64_t j = 0; j < length; j += kStep<T>) {
+    load_step(block + j, y);
+    for (int k = 0; k < kParts<T>; ++k) top = larger(y[k], top);
+  }
   return max_of(top);
 }
 
-// Adds one block, whose length is a multiple of the lanes.
+// Adds one block, whose length is a multiple of the step.
 template <class T, class A>
 COSMO_INLINE void add_block(const T* block, int64_t length, A inverse_t, Running& run) {
   constexpr double kFar = 2;  // nats above the base: more would cost the entropy digits
@@ -114,11 +123,15 @@ COSMO_INLINE void add_block(const T* block, int64_t length, A inverse_t, Running
       return;
     }
   }
-  BlockSums add = block_sums(block, length, A(run.base), inverse_t);
+  auto sums = [&]() __attribute__((always_inline)) {
+    return inverse_t == A(1) ? block_sums<false>(block, length, A(run.base), inverse_t)
+                             : block_sums<true>(block, length, A(run.base), inverse_t);
+  };
+  BlockSums add = sums();
   run.max = add.max > run.max ? add.max : run.max;
   if ((run.max - run.base) * inverse_t > kFar) {
     run.rebase(run.max, inverse_t);
-    add = block_sums(block, length, A(run.base), inverse_t);
+    add = sums();
   }
   run.sum += add.sum;
   run.moment += add.moment;
@@ -126,7 +139,7 @@ COSMO_INLINE void add_block(const T* block, int64_t length, A inverse_t, Running
 
 template <bool kCap, class T, class A>
 COSMO_INLINE void stats_row(const StatsRows<T, A>& a, int64_t i) {
-  alignas(64) A scratch[kBlock];
+  alignas(64) A scratch[kBlock] = {};
   const T* row = a.logits + i * a.stride;
   const int64_t target = a.targets[i];
   const A t = a.temperature ? a.temperature[i] : A(1), inverse_t = A(1) / t;
@@ -140,11 +153,17 @@ COSMO_INLINE void stats_row(const StatsRows<T, A>& a, int64_t i) {
       add_block(row + start, length, inverse_t, run);
       continue;
     }
-    int64_t whole = length / kLanes<A> * kLanes<A>, padded = (length + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-    for (int64_t j = 0; j < whole; j += kLanes<A>) {
-      store_vector(scratch + j, capped<kCap>(Vector<A>(load_vector(row + start + j)), a.softcap, inverse_cap));
+    const T* block = row + start;
+    for (int64_t j = 0; j < length; ++j) scratch[j] = load(block[j]);
+    int64_t padded = (length + kStep<A> - 1) / kStep<A> * kStep<A>;
+    if constexpr (kCap) {
+      for (int64_t j = 0; j < padded; j += kStep<A>) {
+        Vector<A> y[1];
+        load_step(scratch + j, y);
+        y[0] = capped<kCap>(y[0], a.softcap, inverse_cap);
+        store_step(scratch + j, y);
+      }
     }
-    for (int64_t j = whole; j < length; ++j) scratch[j] = capped_one<kCap>(row[start + j], a.softcap, inverse_cap);
     for (int64_t j = length; j < padded; ++j) scratch[j] = -std::numeric_limits<A>::infinity();
     if (has_target) scratch[target - start] = -std::numeric_limits<A>::infinity();
     add_block(static_cast<const A*>(scratch), padded, inverse_t, run);
@@ -154,8 +173,8 @@ COSMO_INLINE void stats_row(const StatsRows<T, A>& a, int64_t i) {
   A own = capped_one<kCap>(row[target], a.softcap, inverse_cap);
   // In units of y: the maximum stays unscaled (z or capped z) so that differences are taken before the division by t.
   bool alone = run.max == -std::numeric_limits<double>::infinity();
-  RowStats<A> stats = finish_row<A>(alone ? double(own) : (double(own) - run.max) / t, alone ? run.max : 0.0, run.sum,
-                                    run.moment);
+  RowStats<A> stats =
+      finish_row<A>(alone ? double(own) : (double(own) - run.max) / t, alone ? run.max : 0.0, run.sum, run.moment);
   a.logp[i] = stats.logp;
   a.entropy[i] = stats.entropy;
   a.other_max[i] = A(run.max);
@@ -171,23 +190,24 @@ struct GradRows {
   A softcap;
 };
 
-// The gradient by one logit is -p (c_logp + c_entropy (log p + H)) slope / t, with p = e^u scale and log p = u + offset - H.
+// The gradient by one logit is -p (c_logp + c_entropy (log p + H)) slope / t, with p = e^u scale and log p = u + offset
+// - H.
 template <class A>
 struct GradRow {
-  A base, inverse_t, scale, c, ce, offset, cap, inverse_cap;
+  A base, inverse_t, scale, c, ce, offset, cap, inverse_cap;  // the scale has the sign; without entropy it has c, too
 
   template <bool kCap, bool kEntropy, class V>
   COSMO_INLINE V operator()(V z) const {
-    V y = z, slope = V{} - scale;
+    V y = z, factor = V{} + scale;
     if constexpr (kCap) {
       V th = tanh_fast(z * inverse_cap);
       y = cap * th;
-      slope = (th * th - A(1)) * scale;
+      factor *= A(1) - th * th;
     }
     V u = smaller(V{} + A(0), (y - base) * inverse_t);  // above 0 only at the target, which is written by itself
-    V g = V{} + c;
-    if constexpr (kEntropy) g += ce * (larger(u, V{} - A(1000)) + offset);
-    return exp_bounded(u) * slope * g;
+    V e = exp_bounded(u);
+    if constexpr (kEntropy) factor *= c + ce * (u + offset);
+    return e * factor;
   }
 };
 
@@ -203,8 +223,8 @@ COSMO_INLINE void grad_row(const GradRows<T, A>& a, int64_t i) {
   GradRow<A> row;
   row.base = m == -std::numeric_limits<A>::infinity() ? A(0) : m;  // -inf - -inf; the scale is 0 there
   row.inverse_t = A(1) / t;
-  row.scale = A(scale);
   row.c = a.c_logp[source] * row.inverse_t;
+  row.scale = kEntropy ? -A(scale) : -A(scale) * row.c;
   row.ce = kEntropy ? a.c_entropy[source] * row.inverse_t : A(0);
   row.offset = kEntropy ? A(scale > 0 ? std::log(scale) : 0.0) + entropy : A(0);
   row.cap = a.softcap;
@@ -221,18 +241,22 @@ COSMO_INLINE void grad_row(const GradRows<T, A>& a, int64_t i) {
     A th = tanh_fast(Vector<A>{} + own * row.inverse_cap)[0];
     slope = A(1) - th * th;
   }
-  alignas(64) T tail[kLanes<A>] = {};
-  const int64_t whole = a.columns / kLanes<A> * kLanes<A>;
+  auto step = [&](const T* in, T* out) __attribute__((always_inline)) {
+    Vector<A> z[kParts<T>];
+    load_step(in, z);
+    for (int k = 0; k < kParts<T>; ++k) z[k] = row.template operator()<kCap, kEntropy>(z[k]);
+    store_step(out, z);
+  };
+  const int64_t whole = a.columns / kStep<T> * kStep<T>;
   for (int64_t start = 0; start < whole; start += kBlock) {
     const int64_t end = std::min(start + kBlock, whole);
     prefetch<1>(from + start);
-    for (int64_t j = start; j < end; j += kLanes<A>) {
-      store_vector(to + j, row.template operator()<kCap, kEntropy>(Vector<A>(load_vector(from + j))));
-    }
+    for (int64_t j = start; j < end; j += kStep<T>) step(from + j, to + j);
   }
   if (whole < a.columns) {
+    alignas(64) T tail[kStep<T>] = {};
     std::copy(from + whole, from + a.columns, tail);
-    store_vector(tail, row.template operator()<kCap, kEntropy>(Vector<A>(load_vector(tail))));
+    step(tail, tail);
     std::copy(tail, tail + (a.columns - whole), to + whole);
   }
   A p = A(std::exp(double(logp)));
