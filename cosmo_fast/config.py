@@ -81,6 +81,10 @@ class StageConfig(_Strict):
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "prompt-mean-token-mean"] | None
     ) = None  # default: as the loss's paper has it, like the advantage
     advantage: AdvantageKind | None = None
+    cpgd_weighting: Literal["equal", "std", "clip_filter"] = "clip_filter"  # of advantage: cpgd
+    cale_mu: float = Field(default=1.0, ge=0, le=1)  # of advantage: cale
+    cale_a: float = Field(default=1.0, gt=0)  # below 1 favours short answers
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     epsilon: float | None = Field(default=None, gt=0)
     epsilon_high: float | None = Field(default=None, gt=0)
     delta: float | None = None

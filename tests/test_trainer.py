@@ -131,9 +131,15 @@ def test_later_passes_of_cpgd_reweight_and_rows_may_be_left_out(recipe, tmp_path
     assert (resolved["epsilon"], resolved["alpha"], resolved["delta"]) == (0.2, 0.01, None)
 
 
-@pytest.mark.parametrize("loss_type", ["vespo", "luspo"])
-def test_a_loss_of_whole_sequences_trains(recipe, tmp_path, loss_type):
-    run(recipe, f"--stages.rl.loss_type={loss_type}", "--stages.rl.max_steps=1")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["loss_type=vespo", "multi_objective_aggregation=normalize_then_sum"],
+        ["loss_type=luspo", "advantage=cale", "cale_a=0.9"],
+    ],
+)
+def test_losses_of_whole_sequences_and_advantages_of_several_rewards_or_lengths_train(recipe, tmp_path, flags):
+    run(recipe, *(f"--stages.rl.{flag}" for flag in flags), "--stages.rl.max_steps=1")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert math.isfinite(rows[-1]["loss"]) and rows[-1]["grad_norm"] > 0
 

@@ -1,5 +1,7 @@
 """The public kernel API: each op with its reference."""
 
+from cosmo_fast.ops.group_advantages import group_advantages, group_advantages_reference
+from cosmo_fast.ops.grpo_loss import GrpoLossOutput, grpo_loss
 from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
 from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
@@ -7,10 +9,14 @@ from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_reference
 
 __all__ = [
+    "GrpoLossOutput",
     "LossOutput",
     "RowTolerance",
     "Segments",
     "VocabStats",
+    "group_advantages",
+    "group_advantages_reference",
+    "grpo_loss",
     "linear_logprobs",
     "linear_logprobs_reference",
     "linear_policy_loss",

@@ -35,10 +35,14 @@ M3_RECIPES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class MixedRewards:
-    """total: (S,) float32. matrix: (S, R) float32, unweighted, NaN = does not apply. names: the R columns."""
+    """total: (S,) float32. matrix: (S, R) float32, unweighted, NaN = does not apply. names: the R columns.
+
+    weights: (S, R) float32, those of the samples' labels; 0 where a recipe does not name the reward.
+    """
 
     total: torch.Tensor
     matrix: torch.Tensor
+    weights: torch.Tensor
     names: tuple[str, ...]
 
     def metrics(self) -> dict[str, float]:
@@ -97,6 +101,7 @@ class RewardMix:
         recipes = [self.recipe(row, index) for index, row in enumerate(rows)]
         total = torch.zeros(len(rows), dtype=torch.float64)
         matrix = torch.full((len(rows), len(self.functions)), float("nan"), dtype=torch.float64)
+        weights = torch.tensor([[r.get(name, 0.0) for name in self.functions] for r in recipes]).view(matrix.shape)
         for column, (name, function) in enumerate(self.functions.items()):
             chosen = [index for index, recipe in enumerate(recipes) if name in recipe]
             if not chosen:
@@ -111,7 +116,7 @@ class RewardMix:
         for index in torch.nonzero(matrix[:, own].isnan().all(1)).flatten().tolist():
             if recipes[index].keys() != {"format"}:  # all abstain: the sample would be trained on its format alone
                 raise RewardError(f"no reward of {recipes[index]} applies to {row_name(rows[index], index)}")
-        return MixedRewards(total.float(), matrix.float(), tuple(self.functions))
+        return MixedRewards(total.float(), matrix.float(), weights.float(), tuple(self.functions))
 
     def recipe(self, row: Mapping[str, Any], index: int = 0) -> dict[str, float]:
         """{reward: weight} of one row, format included; RewardError for a label without a recipe."""

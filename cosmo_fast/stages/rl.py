@@ -16,7 +16,7 @@ from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
 from cosmo_fast.plan import Prompt, micro_batches
 from cosmo_fast.report.metrics import finite
-from cosmo_fast.rewards import RewardMix
+from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
 from cosmo_fast.stages.base import Context, Group, accumulate, by_response, plan_of, step_seed
 
@@ -98,7 +98,7 @@ class RLStage:
         mixed = self.reward_mix([p.text for p in owner], texts, [p.columns for p in owner])
         rewarded = time.perf_counter()
         group_index = torch.arange(len(prompts)).repeat_interleave(each)
-        gains = advantages(mixed.total, group_index, self.advantage).tolist()
+        gains = self._advantages(mixed, group_index, completions).tolist()
         self.groups = [
             Group(
                 prompt,
@@ -131,6 +131,15 @@ class RLStage:
             }
             for i in spread
         ]
+
+    def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
+        stage = self.context.stage
+        lengths = torch.tensor([len(c.ids) for c in completions])
+        options = {"weighting": stage.cpgd_weighting, "lengths": lengths, "mu": stage.cale_mu, "a": stage.cale_a}
+        if stage.multi_objective_aggregation == "sum_then_normalize":
+            return advantages(mixed.total, groups, self.advantage, **options)
+        options["multi_objective_aggregation"] = stage.multi_objective_aggregation
+        return advantages(mixed.matrix, groups, self.advantage, reward_weights=mixed.weights, **options)
 
     @torch.no_grad()
     def _score_reference(self) -> None:
