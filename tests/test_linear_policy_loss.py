@@ -393,6 +393,22 @@ def test_a_turned_dw_is_the_same(n, columns):
         assert (ours - truth).norm() <= 1.1 * (eager - truth).norm()
 
 
+@compiled_only
+@pytest.mark.skipif(DEVICE != "cpu", reason="ops of a CPU")
+@pytest.mark.parametrize(("m", "d"), [(1, 1), (37, 5), (64, 32), (100, 70)])
+def test_a_product_is_turned_into_the_gradient_bit_by_bit(m, d):
+    x = torch.randn(d, m + 9, generator=torch.Generator().manual_seed(0)).bfloat16()[:, :m]
+    for out in (torch.full((m, d), math.nan, dtype=torch.bfloat16), torch.rand(m, d)):
+        expected = x.t() if out.dtype == torch.bfloat16 else out + x.t().float()
+        torch.library.opcheck(torch.ops.cosmo_fast.add_transposed_.default, (out.clone(), x))
+        torch.ops.cosmo_fast.add_transposed_(out, x)
+        assert torch.equal(out, expected)
+    for args in ((torch.zeros(m, d + 1), x), (torch.zeros(m, d), x.float()), (torch.zeros(m, d).double(), x)):
+        with pytest.raises(RuntimeError, match="must be"):
+            torch.ops.cosmo_fast.add_transposed_(*args)
+    torch.library.opcheck(torch.ops.cosmo_fast.huge_pages_.default, (torch.empty(1 << 20),))
+
+
 # --- bad input ---
 
 

@@ -245,3 +245,13 @@ class HandOut(torch.autograd.Function):
                 if g is not None:
                     g.mul_(incoming.to(g.dtype))
         return *gradients, None, None, None
+
+
+@torch.library.register_fake("cosmo_fast::add_transposed_")
+def _(out, x):
+    return None
+
+
+@torch.library.register_fake("cosmo_fast::huge_pages_")
+def _(x):
+    return None
