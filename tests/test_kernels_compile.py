@@ -24,21 +24,23 @@ def _run(*command, interpret=False):
 def test_every_kernel_compiles_for_both_targets_without_spills():
     lines = _run("-m", "cosmo_fast.kernels.check").splitlines()
     assert re.fullmatch(r"kernels-check: \d+ compiled with triton \S+, 0 spill", lines[-1])
-    for kernel in ("stats_kernel", "grad_kernel"):
+    for kernel in ("stats_kernel", "grad_kernel", "kl_kernel", "group_kernel"):
         for target in ("sm_80", "sm_90"):
             assert any(line.startswith(kernel) and target in line for line in lines)
 
 
 def test_the_twins_pass_the_tests_of_the_cpu_kernels_under_the_interpreter():
     ours = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")
-    ours += ("tests/test_vocab_stats.py", "tests/test_linear_policy_loss.py")
+    ours += ("tests/test_vocab_stats.py", "tests/test_linear_policy_loss.py", "tests/test_linear_kl.py")
     assert " passed" in _run(*ours, interpret=True)
 
 
-def test_bf16_gradients_are_rounded_to_nearest():
-    source = """
-import cosmo_fast.kernels.check as check, cosmo_fast.kernels.vocab_stats as module
-kernel, _, signature, constants = next(v for v in check._variants(module) if v[0] is module._grad_kernel)
+@pytest.mark.parametrize(("module", "kernel"), [("vocab_stats", "_grad_kernel"), ("vocab_kl", "_kl_kernel")])
+def test_bf16_gradients_are_rounded_to_nearest(module, kernel):
+    source = f"""
+import cosmo_fast.kernels.check as check, cosmo_fast.kernels.{module} as module
+found = [v for v in module.variants() if v[0] is module.{kernel} and v[1].startswith("bf16")]
+kernel, _, signature, constants = found[-1]
 print(check.compiled(kernel, signature, constants, 90, module.OPTIONS).asm["ptx"])
 """
     assert "cvt.rn.bf16" in _run("-c", source)

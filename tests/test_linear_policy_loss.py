@@ -5,10 +5,14 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from flops import Flops
+from loss_case import assert_near as _assert_near
+from loss_case import double as _double
+from loss_case import grads as _grads
+from loss_case import loss_case
 
 import cosmo_fast.ops.linear_head as linear_head
-from cosmo_fast.objectives import Objective, TokenBatch, cpgd, grpo, sft
+from cosmo_fast.objectives import Objective, cpgd, grpo, sft
 from cosmo_fast.ops import linear_logprobs, linear_logprobs_reference, linear_policy_loss
 from cosmo_fast.ops.linear_policy_loss import linear_policy_loss_reference
 
@@ -22,6 +26,11 @@ if INTERPRETED:  # the Triton twins take the C++ kernels' place, so that everyth
     _library.impl("vocab_grad_", twins.vocab_grad_, "CPU", allow_override=True)
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
 
+
+def _case(*arguments, **options):
+    return loss_case(*arguments, **options, device=DEVICE)
+
+
 OBJECTIVES = {
     "sft": sft(),
     "grpo": grpo(beta=0.1, entropy_coef=0.05),
@@ -29,63 +38,6 @@ OBJECTIVES = {
     "cpgd": cpgd(beta=0.1, kl="k1", entropy_coef=0.05),
     "entropy": Objective("entropy", lambda logp, entropy, batch: (-entropy, {})),
 }
-
-
-def _case(n=23, d=8, v=37, dtype=torch.float64, seed=0, masked=0.3, scale=1.0):
-    """hidden, weight, bias (leaves) and a batch of 4 sequences, some tokens masked; a policy near the old one."""
-    g = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape):
-        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(DEVICE, dtype).requires_grad_()
-
-    hidden, weight, bias = leaf(n, d), leaf(v, d), leaf(v)
-    targets = torch.randint(0, v, (n,), generator=g).to(DEVICE)
-    keep = (torch.rand(n, generator=g) >= masked).to(DEVICE)
-    sequence = torch.arange(n, device=DEVICE) * 4 // max(n, 1)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        logp, _ = linear_logprobs_reference(hidden.double(), weight.double(), targets, bias=bias.double())
-    noise = [0.3 * torch.randn(n, generator=g, dtype=torch.float64).to(DEVICE) for _ in range(3)]
-    batch = TokenBatch(
-        targets,
-        (torch.rand(n, generator=g).to(DEVICE) + 0.1) * keep / max(n, 1),
-        sequence,
-        (noise[0] * 3).to(wide),
-        (logp + noise[1]).to(wide),
-        (logp + noise[2]).to(wide),
-    )
-    return hidden, weight, bias, batch
-
-
-def _double(batch):
-    given = {k: x for k, x in vars(batch).items() if x is not None}
-    return TokenBatch(**{k: x.double() if x.is_floating_point() else x for k, x in given.items()})
-
-
-def _grads(loss, *leaves):
-    return torch.autograd.grad(loss, leaves)
-
-
-def _assert_near(got, expected, tolerance=1e-12):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0))
-
-
-class Flops(TorchDispatchMode):
-    """Multiply-adds of every matrix product, in units of one n·v·d product."""
-
-    def __init__(self, n, v, d):
-        super().__init__()
-        self.unit, self.total, self.gemms = n * v * d, 0.0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Counts and passes on."""
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:] if name == "mm" else args[1:3]
-            self.total += a.shape[0] * a.shape[1] * b.shape[1] / self.unit
-            self.gemms += 1
-        return func(*args, **(kwargs or {}))
 
 
 # --- against fp64 ---
@@ -328,85 +280,6 @@ def test_backward_scales_accumulates_and_may_be_kept():
     linear_policy_loss(hidden, weight, batch, sft()).loss.backward()
     _assert_near(kept, [2 * g for g in expected])
     _assert_near((hidden.grad, weight.grad), [4 * g for g in expected])
-
-
-@pytest.mark.parametrize("chunk_rows", [7, 4096])
-@pytest.mark.parametrize("tied", [False, True])
-def test_dw_may_be_added_to_the_weights_gradient_itself(tied, chunk_rows):
-    hidden, weight, bias, batch = _case()
-    results = []
-    for accumulate in (False, True):
-        w, b = weight.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
-        h = w[batch.targets] * 1.5 if tied else hidden.detach().clone().requires_grad_()  # an embedding of the tokens
-        for _ in range(2):
-            options = {"bias": b, "chunk_rows": chunk_rows, "accumulate_weight_grad": accumulate}
-            linear_policy_loss(h, w, batch, grpo(0.9), **options).loss.backward(retain_graph=tied and not accumulate)
-            h = w[batch.targets] * 1.5 if tied else h
-        results.append([w.grad, b.grad, *([] if tied else [h.grad])])
-    _assert_near(*results)
-
-
-def test_dw_in_the_weights_gradient_keeps_its_dtype_and_needs_no_second_matrix():
-    hidden, weight, _, batch = _case(16, 32, 300, torch.bfloat16)
-    for chunk_rows in (5, 4096):
-        weight.grad = None
-        expected = _grads(linear_policy_loss(hidden, weight, batch, sft(), chunk_rows=chunk_rows).loss, weight)[0]
-        options = {"chunk_rows": chunk_rows, "accumulate_weight_grad": True}
-        linear_policy_loss(hidden, weight, batch, sft(), **options).loss.backward()
-        assert weight.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(weight.grad, expected, rtol=1e-2, atol=1e-4)
-
-
-def test_dw_is_not_added_where_something_else_must_see_it():
-    hidden, weight, _, batch = _case()
-
-    def run(w, backward=lambda loss: loss.backward()):
-        backward(linear_policy_loss(hidden, w, batch, sft(), accumulate_weight_grad=True).loss)
-
-    with pytest.raises(ValueError, match="not a leaf"):
-        run(weight * 1)
-    hooked = weight.detach().clone().requires_grad_()
-    hooked.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(ValueError, match="hooks"):
-        run(hooked)
-    managed = weight.detach().clone().requires_grad_()
-    managed.ds_id = 0
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        run(managed)
-    with pytest.raises(RuntimeError, match="gradient of 1"):
-        run(weight, lambda loss: (2 * loss).backward())
-    with pytest.raises(RuntimeError, match="retain_graph"):
-        run(weight, lambda loss: loss.backward(retain_graph=True))
-
-
-@compiled_only
-@pytest.mark.skipif(DEVICE != "cpu", reason="how a CPU lays out its products")
-@pytest.mark.parametrize("n", [511, 512, 700])
-@pytest.mark.parametrize("columns", [100, 4097])
-def test_a_turned_dw_is_the_same(n, columns):
-    hidden, weight, _, batch = _case(n, 24, columns, torch.bfloat16, scale=0.3)
-    wide = _double(batch)
-    truth = _grads(linear_policy_loss_reference(hidden.double(), weight.double(), wide, sft()), weight)[0].double()
-    eager = _grads(linear_policy_loss_reference(hidden, weight, batch, sft()), weight)[0].double()
-    for chunk_rows in (4096, 600):
-        ours = _grads(linear_policy_loss(hidden, weight, batch, sft(), chunk_rows=chunk_rows).loss, weight)[0].double()
-        assert (ours - truth).norm() <= 1.1 * (eager - truth).norm()
-
-
-@compiled_only
-@pytest.mark.skipif(DEVICE != "cpu", reason="ops of a CPU")
-@pytest.mark.parametrize(("m", "d"), [(1, 1), (37, 5), (64, 32), (100, 70)])
-def test_a_product_is_turned_into_the_gradient_bit_by_bit(m, d):
-    x = torch.randn(d, m + 9, generator=torch.Generator().manual_seed(0)).bfloat16()[:, :m]
-    for out in (torch.full((m, d), math.nan, dtype=torch.bfloat16), torch.rand(m, d)):
-        expected = x.t() if out.dtype == torch.bfloat16 else out + x.t().float()
-        torch.library.opcheck(torch.ops.cosmo_fast.add_transposed_.default, (out.clone(), x))
-        torch.ops.cosmo_fast.add_transposed_(out, x)
-        assert torch.equal(out, expected)
-    for args in ((torch.zeros(m, d + 1), x), (torch.zeros(m, d), x.float()), (torch.zeros(m, d).double(), x)):
-        with pytest.raises(RuntimeError, match="must be"):
-            torch.ops.cosmo_fast.add_transposed_(*args)
-    torch.library.opcheck(torch.ops.cosmo_fast.huge_pages_.default, (torch.empty(1 << 20),))
 
 
 # --- bad input ---
