@@ -1,289 +1,254 @@
-"""Hidden states to gradients of a policy loss: ours, eager PyTorch, torch.compile, liger-kernel, TRL, and the floor.
+"""Hidden states to gradients of a policy loss: ours, eager PyTorch, torch.compile, other packages, and the floor.
 
-    python benchmarks/bench_linear_policy_loss.py [--quick] [--sizes 1024,896,32768 ...] [--providers cosmo_fast,eager]
+    python benchmarks/bench_linear_policy_loss.py [--quick] [--sizes 1024,896,32768 ...] [--cases full kl ...]
+    python benchmarks/bench_linear_policy_loss.py --memory | --growth | --bandwidth
 
-The floor is the three bare matrix products at the row counts that the case needs. Repeats are interleaved, so that a
-noisy machine is noisy for everyone; times are medians with 20 % and 80 % quantiles; peak_mib is what a call adds to the
-memory in use; error_ratio is the error of (dX, dW) against fp64 over that of eager PyTorch in the same dtype.
-Writes benchmarks/results/linear_policy_loss.csv.
+Cases: `full` every sequence has an advantage, `half_zero` every second one has none, `grpo` rewards of ragged groups
+to gradients, `advantage` 100,000 ragged groups of rewards, `logprobs` scores and entropies without gradient, `kl` the
+exact KL(policy ‖ reference) with the policy's gradient. torch_lce and cce know the plain likelihood only: in `full`
+they run that, which is the same matrix work, and their error is compared with eager's on it.
+The floor is the bare matrix products at the row counts that the case needs (of `full` for `advantage`), each with fresh
+outputs, as autograd makes them; floor_reused writes into outputs that exist. Repeats are interleaved, so that a noisy
+machine is noisy for everyone; times are medians with 20 % and 80 % quantiles, floor_ratio is to `floor`; peak_mib is
+what a call adds to the memory in use; error_ratio is the error of the results (dX and dW, scores, advantages) against
+fp64 over that of eager PyTorch in the same dtype.
+--memory: the peak of one call beyond inputs and dX over N, each in a fresh process. --growth: floor_ratio over N and
+chunk_rows. --bandwidth: the row kernels beside a copy.
+Writes benchmarks/results/linear_policy_loss[_memory|_growth|_bandwidth][_cuda].csv.
 """
 
 import argparse
-import csv
-import ctypes
-import gc
-import importlib.util
 import itertools
-import platform
-import subprocess
-import time
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from measure import LEAST, ROOT, Memory, free_bytes, interleaved, origin, write
+from rivals import CASES, EPSILON, FORMS, PLAIN, PROVIDERS, Problem, floors, missing, softmax_logp, truth
 
-from cosmo_fast.objectives import TokenBatch, grpo
-from cosmo_fast.ops import linear_policy_loss
+from cosmo_fast.objectives import grpo
+from cosmo_fast.ops import linear_policy_loss, vocab_stats
+from cosmo_fast.ops.vocab_stats import vocab_grad_
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results/linear_policy_loss.csv"
-PROVIDERS = ("cosmo_fast", "eager", "compile", "liger", "trl")
-PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "trl": ("trl", "trl")}
-CASES = ("full", "half_zero")  # every sequence has an advantage; every second one has advantage zero
-EPSILON, SEQUENCES = 0.2, 8
+OP = "linear_policy_loss"
 COLUMNS = (
     "op case provider n d v dtype device ms_p20 ms_p50 ms_p80 floor_ratio peak_mib error_ratio torch commit".split()
 )
+MEMORY_COLUMNS = "op case provider n d v dtype device chunk_rows peak_mib growth torch commit".split()
+GROWTH_COLUMNS = (
+    "op case provider n d v dtype device chunk_rows chunks ms_p20 ms_p50 ms_p80 floor_ratio torch commit".split()
+)
+BANDWIDTH_COLUMNS = "op case provider n v dtype device ms_p20 ms_p50 ms_p80 gb_per_s copy_ratio torch commit".split()
+GROWTH_CHUNKS = (4096, 1024)
+QUICK = {"sizes": ["256,256,8192"], "dtypes": ["bfloat16"], "repeats": 3}
+QUICK_PROVIDERS = [name for name in PROVIDERS if name not in ("compile", "liger", "cce")]  # those compile for minutes
 
 
-class Problem:
-    """Random states (N, d), a head (V, d), 8 sequences, an old policy a few percent away: some tokens are clipped."""
-
-    def __init__(self, n: int, d: int, v: int, dtype: torch.dtype, device: str, case: str, seed: int = 0):
-        if n % SEQUENCES:
-            raise ValueError(f"N = {n} must be a multiple of {SEQUENCES} (sequences)")
-        g = torch.Generator().manual_seed(seed)
-        self.hidden = torch.randn(n, d, generator=g).to(device, dtype).requires_grad_()
-        self.weight = (torch.randn(v, d, generator=g) / d**0.5).to(device, dtype).requires_grad_()
-        self.targets = torch.randint(0, v, (n,), generator=g).to(device)
-        self.sequence_advantage = torch.randn(SEQUENCES, generator=g).to(device)
-        if case == "half_zero":
-            self.sequence_advantage[::2] = 0.0
-        self.advantage = self.sequence_advantage.repeat_interleave(n // SEQUENCES)
-        with torch.no_grad():
-            logp = torch.cat([_eager_logp(h, self.weight, t) for h, t in zip(*self.split(), strict=True)])
-        self.old_logp = logp + 0.05 * torch.randn(n, generator=g).to(device)
-        sequence = torch.arange(SEQUENCES, device=device).repeat_interleave(n // SEQUENCES)
-        weight = torch.full((n,), 1 / n, device=device)
-        self.batch = TokenBatch(self.targets, weight, sequence, self.advantage, self.old_logp)
-        # Rows whose coefficient is not zero: all that the two gradient products need.
-        ratio = (logp - self.old_logp).exp()
-        high, low = (ratio > 1 + EPSILON) & (self.advantage > 0), (ratio < 1 - EPSILON) & (self.advantage < 0)
-        self.active = int(((self.advantage != 0) & ~high & ~low).sum())
-
-    def split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """States and targets in eight pieces."""
-        rows = len(self.targets) // SEQUENCES
-        return self.hidden.detach().split(rows), self.targets.split(rows)
-
-    def loss(self, logp: Tensor) -> Tensor:
-        """GRPO's token mean on log-probabilities (N,)."""
-        ratio, a = (logp - self.old_logp.to(logp.dtype)).exp(), self.advantage.to(logp.dtype)
-        return -torch.min(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a).mean()
-
-
-def _eager_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = hidden @ weight.t()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-def _logsumexp_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _liger(problem: Problem):
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, loss_type="bnpo", epsilon_low=EPSILON, epsilon_high=EPSILON
-    )
-    shape = (SEQUENCES, len(problem.targets) // SEQUENCES)
-    mask = torch.ones(shape, device=problem.targets.device)
-    targets, old = problem.targets.view(shape), problem.old_logp.view(shape)
-
-    def run() -> Tensor:
-        hidden = problem.hidden.view(*shape, -1)
-        return loss(
-            hidden, problem.weight, targets, mask, problem.sequence_advantage, old_per_token_logps=old
-        )[0]  # fmt: skip
-
-    return run
-
-
-def _trl(problem: Problem):
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as tile
-
-    def run() -> Tensor:
-        arguments = (problem.hidden, problem.weight, None, problem.targets, 1.0, tile, None, 1.0, ())
-        return problem.loss(ChunkedLogProbFunction.apply(*arguments)[0])
-
-    return run
-
-
-def makers(names: list[str]) -> dict:
-    """Functions problem -> (function -> loss) by provider; eager in its two forms, of which the faster is kept."""
-    for name in names:
-        module, package = PACKAGES.get(name, (None, None))
-        if module and importlib.util.find_spec(module) is None:
-            advice = "pip install -r requirements-bench.txt, or leave it out with --providers"
-            raise SystemExit(f"provider {name!r} needs the package {package}: {advice}")
-
-    def from_logp(function):
-        return lambda p: lambda: p.loss(function(p.hidden, p.weight, p.targets))
-
-    compiled = torch.compile(_eager_logp, dynamic=False)
-    known = {
-        "cosmo_fast": lambda p: lambda: linear_policy_loss(p.hidden, p.weight, p.batch, grpo(EPSILON)).loss,
-        "eager": from_logp(_eager_logp),
-        "eager (logsumexp)": from_logp(_logsumexp_logp),
-        "compile": from_logp(compiled),
-        "liger": _liger,
-        "trl": _trl,
-    }
-    return {name: make for name, make in known.items() if name.split(" (")[0] in names}
-
-
-def _floor(problem: Problem):
-    hidden, weight = problem.hidden.detach(), problem.weight.detach()
-
-    def run():
-        logits = hidden @ weight.t()
-        dz = logits[: problem.active]
-        return dz @ weight, dz.t() @ hidden[: problem.active]
-
-    return run
-
-
-class Memory:
-    """Peak memory (MiB) of a call beyond what was in use before: the allocator's on CUDA, resident pages on Linux."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-
-    def of(self, run) -> float:
-        """Runs once; NaN where the system does not say."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        reset = Path("/proc/self/clear_refs")
-        if not reset.exists():
-            run()
-            return float("nan")
-        ctypes.CDLL(None).malloc_trim(0)  # pages that an earlier call freed would hide what this one needs
-        reset.write_text("5")
-        before = self._resident("VmRSS")
-        run()
-        return (self._resident("VmHWM") - before) / 1024
-
-    @staticmethod
-    def _resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def _step(problem: Problem, loss):
-    def run():
-        problem.hidden.grad = problem.weight.grad = None
-        loss().backward()
-
-    return run
+def _error(got: tuple, expected: tuple) -> float:
+    """The largest relative error among the results."""
+    return max(((g.double() - t).norm() / t.norm()).item() for g, t in zip(got, expected, strict=True))
 
 
 def _errors(problem: Problem, steps: dict) -> dict[str, float]:
-    """Relative error of (dX, dW) against fp64 of every provider."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
-    truth = torch.autograd.grad(problem.loss(_eager_logp(hidden, weight, problem.targets)), (hidden, weight))
-    errors = {}
-    for name, step in steps.items():
-        step()
-        got = (problem.hidden.grad, problem.weight.grad)
-        errors[name] = max(((g.double() - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True))
+    """The error of every provider against fp64; also the warm-up: nothing is compiled after it."""
+    expected = truth(problem)
+    errors = {name: _error(step(), expected) for name, step in steps.items() if name.split(" (")[0] not in PLAIN}
+    if plain := {name: step for name, step in steps.items() if name not in errors}:
+        expected = truth(problem, plain=True)
+        errors |= {name: _error(step(), expected) for name, step in plain.items()}
+        likelihood = problem.backward(lambda: -softmax_logp(problem.hidden, problem.weight, problem.targets).mean())
+        errors["eager's plain likelihood"] = _error(likelihood(), expected)
     return errors
 
 
-def measure(problem: Problem, providers: dict, repeats: int, device: str) -> list[dict]:
-    """One row a provider, the floor first."""
-    steps = {name: _step(problem, make(problem)) for name, make in providers.items()}
-    errors = _errors(problem, steps)  # also the warm-up: nothing is compiled after it
-    runs = {"floor": _floor(problem), **steps}
+def measure(problem: Problem, names: list[str], repeats: int, device: str) -> list[dict]:
+    """One row a provider, the floors first; of a provider's forms the faster one."""
+    torch._dynamo.reset()  # or a later size would meet the limit of recompilations and run eagerly, without a word
+    steps = {name: make(problem) for name, make in FORMS[problem.case].items() if name.split(" (")[0] in names}
+    errors = _errors(problem, steps)
+    runs = {**floors(problem), **steps}
+    for name in ("floor", "floor_reused"):
+        runs[name]()
     memory = {name: Memory(device).of(run) for name, run in runs.items()}
-    times = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(_seconds(run, device))
-    quantiles = {
-        name: torch.tensor(t).quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e3).tolist() for name, t in times.items()
-    }
-    eager = [name for name in runs if name.startswith("eager")]
-    fastest = min(eager, key=lambda name: quantiles[name][1], default=None)
+    times = interleaved(runs, repeats, device)
+    fastest: dict[str, str] = {}
+    for name in runs:
+        owner = name.split(" (")[0]
+        if owner not in fastest or times[name]["ms_p50"] < times[fastest[owner]]["ms_p50"]:
+            fastest[owner] = name
     rows = []
-    for name, (p20, p50, p80) in quantiles.items():
-        if name in eager and name != fastest:
-            continue
-        ratio = errors[name] / errors[fastest] if fastest and name in errors else float("nan")
-        row = {"provider": name.split(" (")[0], "ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
-        rows.append(row | {"floor_ratio": p50 / quantiles["floor"][1], "peak_mib": memory[name], "error_ratio": ratio})
+    for owner, name in fastest.items():
+        beside = "eager's plain likelihood" if owner in PLAIN else fastest.get("eager")
+        ratio = errors[name] / errors[beside] if name in errors and beside else float("nan")
+        floor_ratio = times[name]["ms_p50"] / times["floor"]["ms_p50"]
+        figures = {"floor_ratio": floor_ratio, "peak_mib": memory[name], "error_ratio": ratio}
+        rows.append({"provider": owner, **times[name], **figures})
     return rows
 
 
-def _seconds(run, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def cases(options, names: list[str]) -> Iterator[dict]:
+    """The table of every case, size, dtype and provider."""
+    about = origin(options.device)
+    print(f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<14}", end="")
+    print(f"{'ms':>9}{'÷ floor':>9}{'peak MiB':>10}{'error ÷ eager':>15}")
+    for size, dtype, case in itertools.product(options.sizes, options.dtypes, options.cases):
+        n, d, v = _size(size)
+        problem = Problem(n, d, v, getattr(torch, dtype), options.device, case)
+        for row in measure(problem, names, options.repeats, options.device):
+            figures = (
+                f"{row['ms_p50']:>9.2f}{row['floor_ratio']:>9.3f}{row['peak_mib']:>10.0f}{row['error_ratio']:>15.2f}"
+            )
+            print(f"{case:<10}{size:<18}{dtype:<10}{row['provider']:<14}{figures}", flush=True)
+            yield {"op": OP, "case": case, "n": n, "d": d, "v": v, "dtype": dtype, **about, **row}
 
 
-def _origin(device: str) -> dict[str, str]:
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD") or "none"
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {threads} threads"
-    dirty = "-dirty" if git("status", "--porcelain", "--", "csrc", "kernels", "cosmo_fast/ops") else ""
-    return {"device": name, "torch": torch.__version__, "commit": commit + dirty}
+def _ours(problem: Problem, chunk_rows: int):
+    arguments = problem.hidden, problem.weight, problem.batch, grpo(EPSILON)
+    return problem.backward(lambda: linear_policy_loss(*arguments, chunk_rows=chunk_rows).loss)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _peak(provider: str, n: int, d: int, v: int, dtype: str, device: str, chunk_rows: int, threads: int) -> float:
+    """MiB of one call beyond its inputs and dX, in a process that has done nothing but a small call before."""
+    torch.set_num_threads(threads)
+
+    def step(problem: Problem):
+        return _ours(problem, chunk_rows) if provider == "cosmo_fast" else FORMS["full"][provider](problem)
+
+    step(Problem(64, 64, 512, getattr(torch, dtype), device, "full"))()
+    problem = Problem(n, d, v, getattr(torch, dtype), device, "full")
+    return Memory(device).of(step(problem)) - problem.hidden.nbytes / 2**20
 
 
-def main() -> None:
-    """Measures, prints a table, writes the CSV."""
+def memory(options) -> Iterator[dict]:
+    """Peak memory over N: ours, and eager PyTorch (the leaner of its forms) where it fits."""
+    about = origin(options.device)
+    _, d, v = _size(options.sizes[0])
+    forms = {"cosmo_fast": ["cosmo_fast"], "eager": [name for name in FORMS["full"] if name.startswith("eager")]}
+    wanted = [name for name in forms if options.providers is None or name in options.providers.split(",")]
+    for dtype, provider in itertools.product(options.dtypes, wanted):
+        first = None
+        for n in options.memory_rows:
+            needed = n * v * (2 * getattr(torch, dtype).itemsize + 4 * 4)  # logits, their gradient, four fp32 copies
+            if provider == "eager" and needed > 0.8 * free_bytes(options.device):
+                print(f"eager, N = {n}: left out, about {needed / 2**30:.0f} GiB do not fit")
+                continue
+            common = (n, d, v, dtype, options.device, options.chunk_rows, torch.get_num_threads())
+            peaks = []
+            for form in forms[provider]:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    peaks.append(pool.submit(_peak, form, *common).result())
+            peak = min(peaks)
+            first = first or peak
+            row = {"op": OP, "case": "memory", "provider": provider, "n": n, "d": d, "v": v, "dtype": dtype, **about}
+            print(f"{provider:<12}{dtype:<10}N {n:<8}{peak:>10.1f} MiB{peak / first:>8.3f} × the first", flush=True)
+            yield row | {"chunk_rows": options.chunk_rows, "peak_mib": peak, "growth": peak / first}
+
+
+def growth(options) -> Iterator[dict]:
+    """Time over that of the bare products at the same N, from one chunk of rows to many."""
+    about = origin(options.device)
+    _, d, v = _size(options.sizes[0])
+    for dtype, n in itertools.product(options.dtypes, options.growth_rows):
+        problem = Problem(n, d, v, getattr(torch, dtype), options.device, "full")
+        runs = {"floor": floors(problem)["floor"]} | {size: _ours(problem, size) for size in options.growth_chunks}
+        for run in runs.values():
+            run()
+        times = interleaved(runs, options.repeats, options.device)
+        for name, found in times.items():
+            ratio, chunks = found["ms_p50"] / times["floor"]["ms_p50"], 1 if name == "floor" else -(-n // name)
+            row = {"op": OP, "case": "growth", "provider": "floor" if name == "floor" else "cosmo_fast", "n": n}
+            row |= {"d": d, "v": v, "dtype": dtype, **about, "chunk_rows": n if name == "floor" else name}
+            print(f"{row['provider']:<12}{dtype:<10}N {n:<7}{chunks:>3} chunks", end="")
+            print(f"{found['ms_p50']:>10.2f} ms{ratio:>8.3f}", flush=True)
+            yield row | {"chunks": chunks, **found, "floor_ratio": ratio}
+
+
+def bandwidth(options) -> Iterator[dict]:
+    """Bytes that each row kernel must move over its time, beside a copy of the same logits."""
+    about = origin(options.device)
+    for size, dtype in itertools.product(options.sizes, options.dtypes):
+        n, _, v = _size(size)
+        random = torch.Generator(options.device).manual_seed(0)
+        logits = torch.randn(n, v, generator=random, device=options.device).to(getattr(torch, dtype))
+        targets = torch.randint(0, v, (n,), generator=random, device=options.device)
+        stats, c = vocab_stats(logits, targets), torch.full((n,), 1.0, device=options.device)
+        other = torch.empty_like(logits)
+        runs = {
+            "copy": (2, lambda other=other, logits=logits: other.copy_(logits)),
+            "vocab_stats": (1, lambda logits=logits, targets=targets: vocab_stats(logits, targets)),
+            "vocab_grad_": (2, lambda z=other, t=targets, s=stats, c=c: vocab_grad_(z, t, s, c)),
+        }  # what vocab_grad_ overwrites is overwritten again: the values stay finite and the work is the same
+        for _, run in runs.values():
+            run()
+        times = interleaved({name: run for name, (_, run) in runs.items()}, options.repeats, options.device)
+        rate = {name: passes * logits.nbytes / times[name]["ms_p50"] / 1e6 for name, (passes, _) in runs.items()}
+        for name, found in times.items():
+            row = {"op": OP, "case": "bandwidth", "provider": name, "n": n, "v": v, "dtype": dtype, **about, **found}
+            print(f"{name:<14}{n} × {v}  {dtype:<10}{rate[name]:>9.1f} GB/s{rate[name] / rate['copy']:>8.2f} × a copy")
+            yield row | {"gb_per_s": rate[name], "copy_ratio": rate[name] / rate["copy"]}
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    n, d, v = (int(x) for x in text.split(","))
+    return n, d, v
+
+
+def _providers(options) -> list[str]:
+    """Those asked for; or all that can run here, with a word on each that cannot."""
+    if options.providers is None:
+        wanted = QUICK_PROVIDERS if options.quick else list(PROVIDERS)
+        for name in wanted:
+            if why := missing(name):
+                print(f"{name} is left out: {why}")
+        return [name for name in wanted if not missing(name)]
+    names = options.providers.split(",")
+    if unknown := set(names) - set(PROVIDERS):
+        raise SystemExit(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
+    for name in names:
+        if why := missing(name):
+            raise SystemExit(f"provider {name!r} cannot run: {why}; leave it out of --providers")
+    return names
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["1024,896,32768", "512,1024,151936"], help="N,d,V")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated, of " + ", ".join(PROVIDERS))
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="one small size, bf16, three repeats")
+    parser.add_argument("--providers", help="comma-separated, of " + ", ".join(PROVIDERS) + "; default: all installed")
+    parser.add_argument("--repeats", type=int, default=9, help=f"slow providers have a third, at least {LEAST}")
+    parser.add_argument("--quick", action="store_true", help="one small size, bf16, three repeats, nothing compiled")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--memory", action="store_true", help="peak memory over N, at d and V of the first size")
+    mode.add_argument("--growth", action="store_true", help="time over N, at d and V of the first size")
+    mode.add_argument("--bandwidth", action="store_true", help="the row kernels beside a copy")
+    parser.add_argument("--chunk-rows", type=int, default=1024, help="of --memory")
+    parser.add_argument("--memory-rows", type=int, nargs="+", default=[1024, 4096, 16384], metavar="N")
+    parser.add_argument("--growth-rows", type=int, nargs="+", default=[2**k for k in range(8, 15)], metavar="N")
+    parser.add_argument("--growth-chunks", type=int, nargs="+", default=GROWTH_CHUNKS, metavar="ROWS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.quick:
-        options.sizes, options.dtypes, options.repeats = ["256,256,8192"], ["bfloat16"], 3
-    names = options.providers.split(",")
-    if unknown := set(names) - set(PROVIDERS):
-        raise SystemExit(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
-    providers, origin, rows = makers(names), _origin(options.device), []
-    print(f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<12}", end="")
-    print(f"{'ms':>9}{'÷ floor':>9}{'peak MiB':>10}{'error ÷ eager':>15}")
-    for size, dtype, case in itertools.product(options.sizes, options.dtypes, options.cases):
-        n, d, v = (int(x) for x in size.split(","))
-        problem = Problem(n, d, v, getattr(torch, dtype), options.device, case)
-        common = {"op": "linear_policy_loss", "case": case, "n": n, "d": d, "v": v, "dtype": dtype, **origin}
-        for row in measure(problem, providers, options.repeats, options.device):
-            rows.append(common | row)
-            figures = (
-                f"{row['ms_p50']:>9.2f}{row['floor_ratio']:>9.3f}{row['peak_mib']:>10.0f}{row['error_ratio']:>15.2f}"
-            )
-            print(f"{case:<10}{size:<18}{dtype:<10}{row['provider']:<12}{figures}", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()})
+        vars(options).update(QUICK)
+    return options
+
+
+def main() -> None:
+    """Measures, prints a table, writes the CSV."""
+    options = _options()
+    if options.memory:
+        suffix, columns, rows = "_memory", MEMORY_COLUMNS, memory(options)
+    elif options.growth:
+        suffix, columns, rows = "_growth", GROWTH_COLUMNS, growth(options)
+    elif options.bandwidth:
+        suffix, columns, rows = "_bandwidth", BANDWIDTH_COLUMNS, bandwidth(options)
+    else:
+        suffix, columns, rows = "", COLUMNS, cases(options, _providers(options))
+    cuda = "_cuda" if options.device == "cuda" else ""
+    write(options.output or ROOT / f"benchmarks/results/{OP}{suffix}{cuda}.csv", columns, rows)
 
 
 if __name__ == "__main__":

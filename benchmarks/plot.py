@@ -2,7 +2,8 @@
 
     python benchmarks/plot.py [--check]
 
---check changes nothing and fails when README.md is not what the result files say.
+--check changes nothing and fails when README.md is not what the result files say. A mark whose result file is not
+there keeps what it has.
 """
 
 import argparse
@@ -15,22 +16,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
+PLAIN_CASES = ("full", "half_zero")
 
 
-def demo_table() -> str:
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def _number(value: str) -> str:
+    """Short enough to read: two decimals, or two digits below a tenth."""
+    x = float(value)
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
+
+
+def _source(row: dict) -> str:
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
+
+
+def demo_table(paths: list[Path]) -> str:
     """One row a rate on held-out scenes, the three seeds in a cell, a column a stage; then the time and the device."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed-*.json"))]
+    runs = [json.loads(path.read_text()) for path in paths]
     stages = [stage["name"] for stage in runs[0]["stages"]]
-    lines = [
-        "| held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs) + " | " + " | ".join(stages) + " |"
-    ]
-    lines.append("|---" * (len(stages) + 1) + "|")
+    body = []
     for key, name in RATES:
         cells = [
             " / ".join(f"{run['stages'][i]['splits']['scenes'][key]:.2f}".lstrip("0") for run in runs)
             for i in range(len(stages))
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        body.append([name, *cells])
+    lines = [_markdown(["held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs), *stages], body)]
     timed = max(runs, key=lambda run: int(run["environment"]["threads"]))
     seconds = sum(stage["seconds"] for stage in timed["stages"])
     about = timed["environment"]
@@ -46,33 +61,104 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-def loss_table() -> str:
-    """The policy loss against its rivals: time as a ratio to three bare products, for every case measured."""
-    with (RESULTS / "linear_policy_loss.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def _cases_table(rows: list[dict]) -> str:
+    """Time as a ratio to the bare products by provider, and ours beside eager in memory and error."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((row["case"], row["dtype"], row["n"], row["d"], row["v"]), {})[row["provider"]] = row
     providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "floor"]
-    lines = ["| case, dtype, N × d × V | " + " | ".join(providers) + " |", "|---" * (len(providers) + 1) + "|"]
+    body = []
     for (case, dtype, n, d, v), found in cases.items():
-        cells = [f"{float(found[p]['floor_ratio']):.2f}" if p in found else "–" for p in providers]
-        lines.append(f"| {case}, {dtype}, {n} × {d} × {v} | " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append(
-        "Time over that of the bare matrix products that the case needs, medians "
-        f"({rows[0]['device']}, torch {rows[0]['torch']})."
-    )
-    return "\n".join(lines)
+        cells = [_number(found[p]["floor_ratio"]) if p in found else "–" for p in providers]
+        peaks = " / ".join(f"{float(found[p]['peak_mib']):.0f}" if p in found else "–" for p in ("cosmo_fast", "eager"))
+        error = _number(found["cosmo_fast"]["error_ratio"]) if "cosmo_fast" in found else "–"
+        body.append([f"{case}, {dtype}, {n} × {d} × {v}", *cells, peaks, error])
+    head = ["case, dtype, N × d × V", *(name.replace("_", " ") for name in providers)]
+    table = _markdown([*head, "peak MiB, ours / eager", "error, ours ÷ eager"], body)
+    return f"{table}\n\nTime over that of the bare matrix products, medians ({_source(rows[0])})."
+
+
+def loss_table(rows: list[dict]) -> str:
+    """The policy loss against its rivals."""
+    return _cases_table([row for row in rows if row["case"] in PLAIN_CASES])
+
+
+def other_cases_table(rows: list[dict]) -> str:
+    """Rewards to gradients, advantages (their share of `full`), scores without gradient, the exact KL."""
+    rows = [row for row in rows if row["case"] not in PLAIN_CASES]
+    return _cases_table(rows) if rows else ""
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Peak MiB over N."""
+    counts = list(dict.fromkeys(row["n"] for row in rows))
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["provider"], row["dtype"]), {})[row["n"]] = row
+    body = [
+        [f"{provider}, {dtype}", *(f"{float(by[n]['peak_mib']):.0f}" if n in by else "–" for n in counts)]
+        for (provider, dtype), by in found.items()
+    ]
+    first = rows[0]
+    what = f"Peak MiB beyond inputs and dX, d {first['d']}, V {first['v']}, chunk_rows {first['chunk_rows']}"
+    return _markdown(["peak MiB", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({_source(first)})."
+
+
+def growth_table(rows: list[dict]) -> str:
+    """Time over the bare products at the same N, over N and chunk_rows."""
+    ours = [row for row in rows if row["provider"] != "floor"]
+    counts = list(dict.fromkeys(row["n"] for row in ours))
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in ours:
+        found.setdefault((row["dtype"], row["chunk_rows"]), {})[row["n"]] = row
+    body = [
+        [f"{dtype}, chunk_rows {size}", *(_number(by[n]["floor_ratio"]) if n in by else "–" for n in counts)]
+        for (dtype, size), by in found.items()
+    ]
+    what = f"Time over that of the bare products at the same N, d {rows[0]['d']}, V {rows[0]['v']}"
+    return _markdown(["÷ bare products", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({_source(rows[0])})."
+
+
+def plain_table(rows: list[dict]) -> str:
+    """Every column of a result file as it is; what is the same in all rows stands below."""
+    same = {k: v for k, v in rows[0].items() if len(rows) > 1 and all(row[k] == v for row in rows)}
+    head = [name for name in rows[0] if name not in same]
+    below = ", ".join(f"{name} {value}" for name, value in same.items())
+    table = _markdown([name.replace("_", " ") for name in head], [[row[name] for name in head] for row in rows])
+    return f"{table}\n\n{below[:1].upper()}{below[1:]}." if below else table
+
+
+TABLES = {  # mark: (result file, its table)
+    "loss": ("linear_policy_loss.csv", loss_table),
+    "loss-cases": ("linear_policy_loss.csv", other_cases_table),
+    "loss-memory": ("linear_policy_loss_memory.csv", memory_table),
+    "loss-growth": ("linear_policy_loss_growth.csv", growth_table),
+    "loss-cuda": ("linear_policy_loss_cuda.csv", _cases_table),
+    "bandwidth-cuda": ("linear_policy_loss_bandwidth_cuda.csv", plain_table),
+    "tolerance": ("row_tolerance.csv", plain_table),
+}
+
+
+def tables(results: Path = RESULTS) -> dict[str, str]:
+    """Mark to table, for the result files that exist."""
+    made = {}
+    if seeds := sorted(results.glob("demo-seed-*.json")):
+        made["demo"] = demo_table(seeds)
+    for mark, (name, table) in TABLES.items():
+        if (results / name).exists():
+            with (results / name).open(newline="") as file:
+                made[mark] = table(list(csv.DictReader(file)))
+    return {mark: text for mark, text in made.items() if text}
 
 
 def main() -> int:
+    """Rewrites README.md, or checks it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail when README.md differs from the results")
     options = parser.parse_args()
     readme = ROOT / "README.md"
     text = before = readme.read_text()
-    for name, table in (("demo", demo_table()), ("loss", loss_table())):
+    for name, table in tables().items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = mark.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     if options.check:

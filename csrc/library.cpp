@@ -11,4 +11,7 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
   m.def("add_transposed_(Tensor(a!) out, Tensor x) -> ()");
   m.def("huge_pages_(Tensor(a!) x) -> ()");
   m.def("group_advantages(Tensor rewards, Tensor groups, int scale, float epsilon, float weight_cap) -> Tensor");
+  m.def(
+      "vocab_kl_(Tensor(a!) logits, Tensor(b!) other, Tensor? coefficient, Tensor? temperature, float softcap, "
+      "float other_softcap, float beta, bool wanted, bool other_wanted) -> Tensor kl");
 }

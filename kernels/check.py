@@ -2,9 +2,9 @@
 
     python -m cosmo_fast.kernels.check
 
-One line a variant: registers a thread, shared memory (bytes), spills (bytes of local memory: must be 0), as
-cuobjdump reads them from the cubin. Exits with 1 if anything spills. A process of its own: under TRITON_INTERPRET
-nothing compiles.
+Every module here brings `variants()` and `OPTIONS`. One line a variant: registers a thread, shared memory (bytes),
+spills (bytes of local memory: must be 0), as cuobjdump reads them from the cubin. Exits with 1 if anything spills. A
+process of its own: under TRITON_INTERPRET nothing compiles.
 """
 
 import importlib
@@ -16,36 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90)
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+MODULES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path != Path(__file__))
 _ALIGNED = [["tt.divisibility", 16]]
-
-
-def _variants(module):
-    """(kernel, label, signature by argument, compile-time values) for every kernel of `module`."""
-    for logits, switches in itertools.product(_DTYPES, itertools.product((False, True), repeat=4)):
-        work = "fp64" if logits == "fp64" else "fp32"
-        block = module.MAX_BLOCK[_DTYPES[logits]]
-        vector, temperature, cap, entropy, rows = f"*{work}", *switches
-        named = [("temperature", temperature), ("cap", cap), ("entropy", entropy), ("rows", rows)]
-        label = " ".join([logits, *(name for name, on in named if on)])
-        shape = {"columns": "i32", "stride": "i64", "softcap": "fp32"}
-        if not (entropy or rows):
-            outputs = dict.fromkeys(("own", "other_max", "other_sum", "moment"), vector)
-            constants = {"HAS_TEMPERATURE": temperature, "HAS_CAP": cap, "BLOCK": block}
-            inputs = {"logits": f"*{logits}", "targets": "*i64", "temperature": vector if temperature else None}
-            yield module._stats_kernel, label, {**inputs, **outputs, **shape}, constants
-        inputs = {"logits": f"*{logits}", "rows": "*i64" if rows else None, "targets": "*i64"}
-        inputs |= {"other_max": vector, "scale": vector, "offset": vector if entropy else None, "c_logp": vector}
-        inputs |= {"c_entropy": vector if entropy else None, "target_grad": vector}
-        inputs |= {"temperature": vector if temperature else None}
-        constants = {"HAS_ROWS": rows, "HAS_ENTROPY": entropy, "HAS_TEMPERATURE": temperature, "HAS_CAP": cap}
-        yield module._grad_kernel, label, {**inputs, **shape}, {**constants, "BLOCK": block}
 
 
 def compiled(kernel, signature: dict, constants: dict, capability: int, options: dict):
@@ -74,11 +51,12 @@ def main() -> int:
     """Compiles and prints; 1 if a kernel spills."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise SystemExit("kernels-check: unset TRITON_INTERPRET, under which Triton compiles nothing")
-    module = importlib.import_module("cosmo_fast.kernels.vocab_stats")
+    modules = [importlib.import_module(f"cosmo_fast.kernels.{name}") for name in MODULES]
+    variants = [(module.OPTIONS, *variant) for module in modules for variant in module.variants()]
     failed = count = 0
     print(f"{'kernel':<16}{'variant':<40}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>8}")
-    for (kernel, label, signature, constants), capability in itertools.product(_variants(module), CAPABILITIES):
-        registers, shared, spills = resources(compiled(kernel, signature, constants, capability, module.OPTIONS))
+    for (options, kernel, label, signature, constants), capability in itertools.product(variants, CAPABILITIES):
+        registers, shared, spills = resources(compiled(kernel, signature, constants, capability, options))
         name = kernel.fn.__name__.strip("_")
         print(f"{name:<16}{label:<40}sm_{capability:<5}{registers:>10}{shared:>8}{spills:>8}", flush=True)
         count, failed = count + 1, failed + (spills > 0)

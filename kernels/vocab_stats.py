@@ -4,6 +4,8 @@ A kernel does only what is vocabulary-sized; what one row comes to is finished i
 the C++ twin. y = softcap * tanh(z / softcap) / temperature; softcap 0 means none.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -182,3 +184,24 @@ def vocab_grad_(
             HAS_ROWS=rows is not None, HAS_ENTROPY=c_entropy is not None, HAS_TEMPERATURE=temperature is not None,
             HAS_CAP=softcap > 0, BLOCK=_block(logits), **OPTIONS,
         )  # fmt: skip
+
+
+def variants():
+    """(kernel, label, signature by argument, compile-time values) of every variant, for `kernels.check`."""
+    kinds = ((torch.bfloat16, "bf16", "*fp32"), (torch.float32, "fp32", "*fp32"), (torch.float64, "fp64", "*fp64"))
+    for (dtype, kind, vector), switches in itertools.product(kinds, itertools.product((False, True), repeat=4)):
+        temperature, cap, entropy, rows = switches
+        names = ("temperature", "cap", "entropy", "rows")
+        label = " ".join([kind, *(name for name, on in zip(names, switches, strict=True) if on)])
+        shape = {"columns": "i32", "stride": "i64", "softcap": "fp32"}
+        if not (entropy or rows):
+            outputs = dict.fromkeys(("own", "other_max", "other_sum", "moment"), vector)
+            constants = {"HAS_TEMPERATURE": temperature, "HAS_CAP": cap, "BLOCK": MAX_BLOCK[dtype]}
+            inputs = {"logits": f"*{kind}", "targets": "*i64", "temperature": vector if temperature else None}
+            yield _stats_kernel, label, {**inputs, **outputs, **shape}, constants
+        inputs = {"logits": f"*{kind}", "rows": "*i64" if rows else None, "targets": "*i64"}
+        inputs |= {"other_max": vector, "scale": vector, "offset": vector if entropy else None, "c_logp": vector}
+        inputs |= {"c_entropy": vector if entropy else None, "target_grad": vector}
+        inputs |= {"temperature": vector if temperature else None}
+        constants = {"HAS_ROWS": rows, "HAS_ENTROPY": entropy, "HAS_TEMPERATURE": temperature, "HAS_CAP": cap}
+        yield _grad_kernel, label, {**inputs, **shape}, {**constants, "BLOCK": MAX_BLOCK[dtype]}

@@ -31,7 +31,12 @@ def test_every_kernel_compiles_for_both_targets_without_spills():
 
 def test_the_twins_pass_the_tests_of_the_cpu_kernels_under_the_interpreter():
     ours = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")
-    ours += ("tests/test_vocab_stats.py", "tests/test_linear_policy_loss.py", "tests/test_linear_kl.py")
+    ours += (
+        "tests/test_vocab_stats.py",
+        "tests/test_linear_policy_loss.py",
+        "tests/test_linear_kl.py",
+        "tests/test_advantages.py",
+    )
     assert " passed" in _run(*ours, interpret=True)
 
 

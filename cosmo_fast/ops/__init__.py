@@ -2,6 +2,7 @@
 
 from cosmo_fast.ops.group_advantages import group_advantages, group_advantages_reference
 from cosmo_fast.ops.grpo_loss import GrpoLossOutput, grpo_loss
+from cosmo_fast.ops.linear_kl import KLOutput, linear_kl, linear_kl_reference
 from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
 from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
@@ -10,6 +11,7 @@ from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_refe
 
 __all__ = [
     "GrpoLossOutput",
+    "KLOutput",
     "LossOutput",
     "RowTolerance",
     "Segments",
@@ -17,6 +19,8 @@ __all__ = [
     "group_advantages",
     "group_advantages_reference",
     "grpo_loss",
+    "linear_kl",
+    "linear_kl_reference",
     "linear_logprobs",
     "linear_logprobs_reference",
     "linear_policy_loss",

@@ -225,9 +225,7 @@ class HandOut(torch.autograd.Function):
         """Scales in place and lets go, unless the graph is kept for a second backward."""
         gradients = ctx.gradients
         if gradients is None:
-            raise RuntimeError(
-                "linear_policy_loss was differentiated a second time; give the first backward retain_graph=True"
-            )
+            raise RuntimeError("this loss was differentiated a second time; give the first backward retain_graph=True")
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.added:
             if keep:
