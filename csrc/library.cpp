@@ -9,7 +9,6 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
       "vocab_grad_(Tensor(a!) logits, Tensor? rows, Tensor targets, Tensor logp, Tensor entropy, Tensor other_max, "
       "Tensor other_sum, Tensor c_logp, Tensor? c_entropy, Tensor? temperature, float softcap) -> ()");
   m.def("add_transposed_(Tensor(a!) out, Tensor x) -> ()");
-  m.def("huge_pages_(Tensor(a!) x) -> ()");
   m.def("group_advantages(Tensor rewards, Tensor groups, int scale, float epsilon, float weight_cap) -> Tensor");
   m.def(
       "vocab_kl_(Tensor(a!) logits, Tensor(b!) other, Tensor? coefficient, Tensor? temperature, float softcap, "

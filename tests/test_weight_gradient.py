@@ -9,7 +9,8 @@ from loss_case import double as _double
 from loss_case import grads as _grads
 from loss_case import loss_case
 
-from cosmo_fast.objectives import grpo, sft
+from cosmo_fast import ops
+from cosmo_fast.objectives import Objective, grpo, sft
 from cosmo_fast.ops import linear_policy_loss
 from cosmo_fast.ops.linear_policy_loss import linear_policy_loss_reference
 
@@ -86,4 +87,24 @@ def test_a_product_is_turned_into_the_gradient_bit_by_bit(m, d):
     for args in ((torch.zeros(m, d + 1), x), (torch.zeros(m, d), x.float()), (torch.zeros(m, d).double(), x)):
         with pytest.raises(RuntimeError, match="must be"):
             torch.ops.cosmo_fast.add_transposed_(*args)
-    torch.library.opcheck(torch.ops.cosmo_fast.huge_pages_.default, (torch.empty(1 << 20),))
+
+
+def test_a_cpu_keeps_its_chunk_of_logits_for_the_next_call_and_no_more_than_a_bound(monkeypatch):
+    import cosmo_fast.ops.linear_head as head
+
+    ops.empty_cache()
+    hidden, weight, _, batch = loss_case()
+    first = ops.linear_policy_loss(hidden, weight, batch, sft()).logp
+    (kept,) = head._kept
+    assert torch.equal(ops.linear_policy_loss(hidden, weight, batch, sft()).logp, first)
+    assert len(head._kept) == 1 and head._kept[0] is kept
+    nested = []
+    objective = Objective(
+        "nested",
+        lambda logp, entropy, b: nested.append(ops.linear_policy_loss(hidden, weight, batch, sft())) or (-logp, {}),
+    )
+    assert torch.equal(ops.linear_policy_loss(hidden, weight, batch, objective).logp, first), "two calls share nothing"
+    monkeypatch.setattr(head, "KEPT_MIB", 0)
+    ops.empty_cache()
+    ops.linear_policy_loss(hidden, weight, batch, sft())
+    assert head._kept == []

@@ -2,6 +2,7 @@
 
 from cosmo_fast.ops.group_advantages import group_advantages, group_advantages_reference
 from cosmo_fast.ops.grpo_loss import GrpoLossOutput, grpo_loss
+from cosmo_fast.ops.linear_head import empty_cache
 from cosmo_fast.ops.linear_kl import KLOutput, linear_kl, linear_kl_reference
 from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
@@ -16,6 +17,7 @@ __all__ = [
     "RowTolerance",
     "Segments",
     "VocabStats",
+    "empty_cache",
     "group_advantages",
     "group_advantages_reference",
     "grpo_loss",

@@ -1,9 +1,40 @@
 """The vocabulary head in chunks of rows: logits, and the two gradient products, for the linear ops."""
 
+import threading
+
 import torch
 from torch import Tensor
 
 from cosmo_fast.ops.vocab_stats import DTYPES, VocabStats, check_softcap, row_temperature, vocab_grad_
+
+# The first touch of fresh memory on a CPU costs as much as a product of small d, and the CPU allocator, unlike that of
+# CUDA, gives large blocks back to the system: chunks of logits up to this size, in all, are kept for the next call.
+KEPT_MIB = 256
+_kept: list[Tensor] = []
+_lock = threading.Lock()
+
+
+def _take(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """An empty vector of at least `size` elements, kept memory where some fits."""
+    with _lock:
+        for i, buffer in enumerate(_kept):
+            if like.device.type == "cpu" and buffer.dtype == dtype and size <= buffer.numel() <= 2 * size:
+                return _kept.pop(i)
+    return like.new_empty(size, dtype=dtype)
+
+
+def _keep(buffer: Tensor) -> None:
+    if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_MIB << 20:
+        with _lock:
+            _kept.append(buffer)
+            while sum(kept.nbytes for kept in _kept) > KEPT_MIB << 20:
+                _kept.pop(0)
+
+
+def empty_cache() -> None:
+    """Gives back the chunks of logits that are kept on the CPU, as `torch.cuda.empty_cache` does on a GPU."""
+    with _lock:
+        _kept.clear()
 
 
 class LinearHead:
@@ -54,10 +85,11 @@ class LinearHead:
 
     def logits(self, rows: Tensor) -> Tensor:
         """(n, V) in a buffer that the next call overwrites. One GEMM."""
-        if self._buffer is None or self._buffer.shape[0] < rows.shape[0]:
-            self._buffer = None  # freed before its successor is made
-            self._buffer = fresh(rows, (rows.shape[0], self.weight.shape[0]), self.dtype)
-        logits, weight = self._buffer[: rows.shape[0]], self.weight.t()
+        shape, weight = (rows.shape[0], self.weight.shape[0]), self.weight.t()
+        if self._buffer is None or self._buffer.numel() < shape[0] * shape[1]:
+            self.release()  # before its successor is made
+            self._buffer = _take(rows, shape[0] * shape[1], self.dtype)
+        logits = self._buffer[: shape[0] * shape[1]].view(shape)
         if self.widens and rows.dtype != self.dtype:
             torch.mm(rows, weight, out_dtype=self.dtype, out=logits)
         elif self.bias is not None:
@@ -67,8 +99,10 @@ class LinearHead:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def release(self) -> "LinearHead":
-        """Lets the logits' buffer go."""
-        self._buffer = None
+        """Lets the logits' buffer go; a CPU keeps it for the next call, up to KEPT_MIB."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            _keep(buffer)
         return self
 
     def stats(self, logits: Tensor, targets: Tensor, index: Tensor | slice) -> VocabStats:
@@ -107,7 +141,7 @@ class HeadGradient:
         self.hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = into if direct else None
         if needs[1] and self.weight is None and chunks > 1:
-            self.weight = fresh(head.weight, head.weight.shape, wide).zero_()
+            self.weight = torch.zeros_like(head.weight, dtype=wide)
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
 
     def add(
@@ -155,14 +189,14 @@ class HeadGradient:
         turned = dz.device.type == "cpu" and dz.dtype == torch.bfloat16 and dz.shape[0] >= _TURNED_ROWS
         if turned and (self.single or self.weight.dtype == torch.float32):
             if self.single:
-                self.weight = fresh(rows, self.head.weight.shape, rows.dtype)
+                self.weight = rows.new_empty(self.head.weight.shape)
             left, product = rows.t().contiguous(), rows.new_empty(rows.shape[1], _TURNED_BLOCK + 32)
             for start in range(0, dz.shape[1], _TURNED_BLOCK):
                 block = dz[:, start : start + _TURNED_BLOCK]
                 part = torch.mm(left, block, out=product[:, : block.shape[1]])
                 torch.ops.cosmo_fast.add_transposed_(self.weight[start : start + block.shape[1]], part)
         elif self.single:
-            self.weight = torch.mm(dz.t(), rows, out=fresh(rows, self.head.weight.shape, rows.dtype))
+            self.weight = torch.mm(dz.t(), rows)
         elif dz.dtype == self.weight.dtype:
             self.weight.addmm_(dz.t(), rows)
         elif dz.device.type == "cuda":
@@ -184,14 +218,6 @@ class HeadGradient:
 
 # From this many rows on a bf16 dW on a CPU is made as (rows.T @ dz).T, in blocks of columns that stay in the cache.
 _TURNED_ROWS, _TURNED_BLOCK = 512, 4096
-
-
-def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor, on a CPU in huge pages where it is large and the system has them."""
-    tensor = like.new_empty(shape, dtype=dtype)
-    if tensor.device.type == "cpu" and tensor.nbytes >= 1 << 23:
-        torch.ops.cosmo_fast.huge_pages_(tensor)
-    return tensor
 
 
 def compacting_rows(keep: Tensor) -> Tensor | None:
@@ -247,9 +273,4 @@ class HandOut(torch.autograd.Function):
 
 @torch.library.register_fake("cosmo_fast::add_transposed_")
 def _(out, x):
-    return None
-
-
-@torch.library.register_fake("cosmo_fast::huge_pages_")
-def _(x):
     return None

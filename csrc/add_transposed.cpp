@@ -1,8 +1,5 @@
-// What the head's products want of memory on a CPU.
-// add_transposed_: blocks (d, m) of a bf16 product into rows (m, d) of the weight's gradient. oneDNN multiplies by a
-// left side that is stored transposed at half its speed, so the product is made the other way round and its result
-// turned. huge_pages_: 2 MiB pages for a large fresh tensor, whose first touch otherwise costs as much as a product.
-#include <sys/mman.h>
+// Blocks (d, m) of a bf16 product into rows (m, d) of the weight's gradient, on a CPU. oneDNN multiplies by a left side
+// that is stored transposed at half its speed, so the product is made the other way round and its result turned.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -99,22 +96,8 @@ void add_transposed_(const Tensor& out, const Tensor& x) {
   run_parallel<float>(out, x);
 }
 
-void huge_pages_(const Tensor& x) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  uintptr_t end = begin + x.numel() * x.element_size(), first = (begin + kPage - 1) / kPage * kPage;
-  end = end / kPage * kPage;
-  // Advice: where the system has no huge pages it says so, and the memory is as good as before.
-  if (first < end) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cosmo_fast, CPU, m) {
-  m.impl("add_transposed_", TORCH_BOX(&add_transposed_));
-  m.impl("huge_pages_", TORCH_BOX(&huge_pages_));
-}
+STABLE_TORCH_LIBRARY_IMPL(cosmo_fast, CPU, m) { m.impl("add_transposed_", TORCH_BOX(&add_transposed_)); }
 
 }  // namespace cosmo_fast
