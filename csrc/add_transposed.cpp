@@ -24,8 +24,13 @@ COSMO_INLINE void transpose8(u16x8 (&x)[8]) {  // three rounds of interleaving r
     u16x8 y[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
+#ifdef __clang__
       y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
       y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+#else  // which GCC has from version 12 only
+      y[2 * i] = __builtin_shuffle(x[i], x[i + 4], u16x8{0, 8, 1, 9, 2, 10, 3, 11});
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + 4], u16x8{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) x[i] = y[i];

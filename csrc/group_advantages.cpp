@@ -39,6 +39,15 @@ struct Groups {
   double epsilon, origin;
 };
 
+// Most groups are small, and a division is a third of one.
+constexpr std::array<double, 65> kInverse = [] {
+  std::array<double, 65> inverse{};
+  for (int n = 1; n < 65; ++n) inverse[n] = 1.0 / n;
+  return inverse;
+}();
+
+inline double inverse(double count) { return count < 65 ? kInverse[int(count)] : 1 / count; }
+
 inline void add_mean(Totals& totals, double known, double mean) {
   totals.known += known;
   totals.sum += known * mean;
@@ -71,14 +80,14 @@ int64_t one_group(const Groups<T>& a, int64_t start, Totals& totals) {
     for (k = start; k < end; ++k) a.out[at(k)] = T(0);
     return end;
   }
-  const double mean = sum / known, within = std::max(square - sum * mean, 0.0);
+  const double mean = sum * inverse(known), within = std::max(square - sum * mean, 0.0);
   add_mean(totals, known, first + mean - a.origin);
   totals.square += within;
   totals.within += within;
   totals.varied += 1;
   double factor = 1;
-  if (a.scale == kGroup) factor = 1 / (std::sqrt(within / (known - 1)) + a.epsilon);
-  if (a.scale == kLeaveOneOut) factor = known / (known - 1);
+  if (a.scale == kGroup) factor = 1 / (std::sqrt(within * inverse(known - 1)) + a.epsilon);
+  if (a.scale == kLeaveOneOut) factor = known * inverse(known - 1);
   for (k = start; k < end; ++k) {
     const double reward = a.rewards[at(k)];
     a.out[at(k)] = reward == reward ? T((reward - first - mean) * factor) : T(0);

@@ -18,6 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;  // two blocks of logits and their two scratch blocks stay in the first-level cache
+constexpr double kFar = 0.5;      // D above which a KL is made directly (see kl_row): there both ways are as exact
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // Powers are of 2 in fp32, where one multiply-add makes the exponent of a logit, and of e in fp64. kUnit: exponents in
@@ -223,7 +224,7 @@ struct Sum {
   double raise(double next, double unit) {
     double old = base, fall = 0;
     if (next > top) {
-      base = A(next * unit);
+      base = A(std::max(next * unit, double(std::numeric_limits<A>::lowest())));  // finite: -inf - -inf is NaN
       fall = top == -kInf ? 0.0 : (base - old) / kUnit<A>;
       top = next;
     }
@@ -240,7 +241,9 @@ COSMO_INLINE void kl_row(const KlRows<T, A>& a, int64_t i) {
   // excess = Σ e^u (e^-d - 1 + d), d = u - v the difference of the two scaled logits, each less its row's maximum:
   // every term is >= 0 and of second order in d. KL = excess / Σe^u - (e^D - 1 - D), D = log(Σe^v / Σe^u): for
   // near-equal rows the error is that of D times D, where Σ p (log p - log q) would lose everything to cancellation.
-  double excess = 0;
+  // A peaked first row and a flat second one have e^D tokens' worth of excess, nearly all of it subtracted again: from
+  // D = kFar on KL = moment / Σe^u + D, moment = Σ e^u d.
+  double excess = 0, moment = 0;
   for (int64_t start = 0; start < a.columns; start += kBlock) {
     int64_t length = std::min(kBlock, a.columns - start);
     double fall_p = p.raise(fill(a.first, first + start, length, ys), unit);
@@ -249,25 +252,30 @@ COSMO_INLINE void kl_row(const KlRows<T, A>& a, int64_t i) {
       double fade_p = std::exp(-fall_p), fade_q = std::exp(-fall_q);
       double moved = excess + q.total * std::expm1(g) - p.total * g;  // in units of the old maximum
       excess = g > 700 ? fade_q * q.total : fade_p > 0 ? fade_p * moved : 0.0;
+      moment = fade_p > 0 ? fade_p * (moment - p.total * g) : 0.0;
       p.total *= fade_p;
       q.total *= fade_q;
     }
-    A base_p = A(p.base), base_q = A(q.base), shift = A((p.base - q.base) / kUnit<A>), sum_p = 0, sum_q = 0, more = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q, more)
+    double apart = (p.base - q.base) / kUnit<A>;
+    A base_p = A(p.base), base_q = A(q.base), shift = A(apart), sum_p = 0, sum_q = 0, more = 0, sum_d = 0;
+#pragma omp simd reduction(+ : sum_p, sum_q, more, sum_d)
     for (int64_t j = 0; j < length; ++j) {
       A d = (ys[j] - xs[j]) * inverse_t - shift;
-      A eu = power(ys[j] * unit - base_p), ev = power(xs[j] * unit - base_q), far = ev - eu;
-      far = eu > A(0) ? far + eu * d : far;  // a token that the first row cannot draw costs nothing; NaN stays
+      A eu = power(ys[j] * unit - base_p), ev = power(xs[j] * unit - base_q);
+      A ud = eu > A(0) ? eu * d : A(0), far = ev - eu + ud;  // a token that the first row cannot draw costs nothing
       A series = ((A(-1) / 120 * d + A(1) / 24) * d - A(1) / 6) * d + A(0.5), dd = d * d;
       sum_p += eu;
       sum_q += ev;
+      sum_d += ud;
       more += dd < kNear<A> ? eu * dd * series : far;
     }
     p.total += sum_p;
     q.total += sum_q;
     excess += more;
+    moment += sum_d + (double(shift) - apart) * sum_p;
   }
-  double ratio = std::log(q.total / p.total), kl_p = excess / p.total - (std::expm1(ratio) - ratio), kl_q = 0;
+  double ratio = std::log(q.total / p.total), kl_q = 0;
+  double kl_p = ratio > kFar ? moment / p.total + ratio : excess / p.total - (std::expm1(ratio) - ratio);
   a.kl[i] = A(kl_p);
   A offset = A(ratio - (p.base - q.base) / kUnit<A>);
   Normal<A> normal{unit, A(p.base), A(q.base), A(1 / p.total), A(1 / q.total), inverse_t, offset};

@@ -230,7 +230,7 @@ COSMO_INLINE void grad_row(const GradRows<T, A>& a, int64_t i) {
   row.cap = a.softcap;
   row.inverse_cap = kCap ? A(1) / a.softcap : A(0);
   if (!std::isfinite(logp) || !std::isfinite(row.c) || !std::isfinite(row.ce)) {  // of a NaN, or a token that cannot be
-    const bool banned = logp == -std::numeric_limits<A>::infinity() && std::isfinite(row.c) && !kEntropy;
+    const bool banned = logp == -std::numeric_limits<A>::infinity() && std::isfinite(row.c) && row.ce == A(0);
     if (!banned) {
       for (int64_t j = 0; j < a.columns; ++j) store(to + j, std::numeric_limits<A>::quiet_NaN());
       return;

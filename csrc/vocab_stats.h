@@ -9,8 +9,10 @@
 
 #define COSMO_INLINE inline __attribute__((always_inline))
 
+// COSMO_ISA may be defined to nothing, to test one instruction set alone (make isa-check).
 // The loops are compiled three times and the processor picks one when the library is loaded (an ifunc).
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(COSMO_ISA)
+#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define COSMO_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define COSMO_ISA
@@ -161,6 +163,9 @@ struct RowStats {
 
 template <class T>
 COSMO_INLINE RowStats<T> finish_row(double target, double max, double sum, double moment) {
+  if (target == std::numeric_limits<double>::infinity()) {  // an overflow, not certainty
+    return {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::quiet_NaN()};
+  }
   if (max == -std::numeric_limits<double>::infinity()) {  // no other column can be drawn (or there is none)
     double certain = target > max ? 0.0 : std::numeric_limits<double>::quiet_NaN();
     return {T(certain), T(certain)};

@@ -87,13 +87,15 @@ def _write(row, column, columns, y, gradient, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _raised(excess, sum_p, sum_q, fall_p, fall_q):
-    """The three sums once the exponents of either row have fallen by so many nats (fp64)."""
+def _raised(excess, moment, sum_p, sum_q, fall_p, fall_q):
+    """The four sums once the exponents of either row have fallen by so many nats (fp64)."""
     gap = fall_p - fall_q
     fade_p, fade_q = tl.exp(-fall_p), tl.exp(-fall_q)
     moved = fade_p * (excess + sum_q * (tl.exp(tl.where(gap > 700.0, 0.0, gap)) - 1.0) - sum_p * gap)
     moved = tl.where(gap > 700.0, fade_q * sum_q, tl.where(fade_p > 0.0, moved, 0.0))
-    return moved.to(sum_p.dtype), (sum_p * fade_p).to(sum_p.dtype), (sum_q * fade_q).to(sum_p.dtype)
+    moment = tl.where(fade_p > 0.0, fade_p * (moment - sum_p * gap), 0.0)
+    work: tl.constexpr = sum_p.dtype
+    return moved.to(work), moment.to(work), (sum_p * fade_p).to(work), (sum_q * fade_q).to(work)
 
 
 @triton.jit
@@ -113,6 +115,7 @@ def _kl_kernel(
     sum_p = tl.zeros((BLOCK,), work)
     sum_q = tl.zeros((BLOCK,), work)
     excess = tl.zeros((BLOCK,), work)
+    moment = tl.zeros((BLOCK,), work)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         y = _logits(first, column, columns, softcap, work, HAS_CAP)
@@ -120,24 +123,25 @@ def _kl_kernel(
         next_p = tl.maximum(top_p, tl.max(y, 0))
         next_q = tl.maximum(top_q, tl.max(x, 0))
         if (next_p > top_p) | (next_q > top_q):
-            fall_p = tl.where(top_p == float("-inf"), 0.0, (next_p - top_p) * inverse_t).to(tl.float64)
-            fall_q = tl.where(top_q == float("-inf"), 0.0, (next_q - top_q) * inverse_t).to(tl.float64)
-            excess, sum_p, sum_q = _raised(excess, sum_p, sum_q, fall_p, fall_q)
+            fall_p = tl.where(top_p == float("-inf"), 0.0, (next_p.to(tl.float64) - top_p) * inverse_t)
+            fall_q = tl.where(top_q == float("-inf"), 0.0, (next_q.to(tl.float64) - top_q) * inverse_t)
+            excess, moment, sum_p, sum_q = _raised(excess, moment, sum_p, sum_q, fall_p, fall_q)
             top_p = next_p
             top_q = next_q
         base_p, base_q = _base(top_p), _base(top_q)
         d = ((y - x) - (base_p - base_q)) * inverse_t
         eu, ev = tl.exp((y - base_p) * inverse_t), tl.exp((x - base_q) * inverse_t)
-        far = ev - eu
-        far = tl.where(eu > 0.0, far + eu * d, far)  # a token that the first row cannot draw costs nothing; NaN stays
+        ud = tl.where(eu > 0.0, eu * d, 0.0)  # a token that the first row cannot draw costs nothing
         series = ((1.0 / 24 - d * (1.0 / 120)) * d - 1.0 / 6) * d + 0.5
         sum_p += eu
         sum_q += ev
-        excess += tl.where(_near(d), eu * d * d * series, far)
+        moment += ud
+        excess += tl.where(_near(d), ud * d * series, ev - eu + ud)
     total_p, total_q = tl.sum(sum_p.to(tl.float64), 0), tl.sum(sum_q.to(tl.float64), 0)
     quotient = total_q / total_p
     ratio = tl.log(quotient)
     result = tl.sum(excess.to(tl.float64), 0) / total_p - (quotient - 1.0 - ratio)
+    result = tl.where(ratio > 0.5, tl.sum(moment.to(tl.float64), 0) / total_p + ratio, result)
     base_p, base_q = _base(top_p), _base(top_q)
     scale_p, scale_q = (1.0 / total_p).to(work), (1.0 / total_q).to(work)
     offset = (ratio - (base_p.to(tl.float64) - base_q) * inverse_t).to(work)

@@ -144,7 +144,8 @@ def vocab_stats(
     for log_p in (logp, log_other):
         entropy = entropy - torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0)
     certain = (other_max == -torch.inf) & (own > -torch.inf) & (total == 0)  # no other column can be drawn
-    logp, entropy = (x.masked_fill(certain, 0.0).to(wide) for x in (logp, entropy))
+    overflow = own == torch.inf  # not certainty
+    logp, entropy = (x.masked_fill(certain, 0.0).masked_fill(overflow, torch.nan).to(wide) for x in (logp, entropy))
     return logp, entropy, other_max, other_sum
 
 

@@ -132,6 +132,29 @@ def test_small_divergences_keep_their_digits(kind, apart):
     assert relative[0] <= min(relative[1], 1e-6 / apart + 2e-5) and (ours > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bf16_rounds)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flat_first", [False, True])
+@pytest.mark.parametrize(("v", "peak", "noise"), [(32768, 16, 0.01), (32768, 10, 0.5), (151936, 10, 0.02)])
+def test_a_peaked_row_against_a_flat_one_keeps_its_digits(v, peak, noise, flat_first, kind, dtype):
+    g, n = torch.Generator().manual_seed(0), 1 if INTERPRETED else 4
+    peaked, flat = torch.randn(n, v, generator=g), noise * torch.randn(n, v, generator=g)
+    peaked[torch.arange(n), torch.randint(0, v, (n,), generator=g)] += peak
+    pair = [z.to(DEVICE, dtype) for z in ((flat, peaked) if flat_first else (peaked, flat))]
+
+    def eager(pair):
+        leaves = [z.clone().requires_grad_() for z in pair]
+        kl = vocab_kl_reference(*leaves, kind)
+        return [kl.detach(), *torch.autograd.grad(kl.sum(), leaves)]
+
+    truth, theirs = eager([z.double() for z in pair]), eager(pair)
+    ours = [vocab_kl_(*pair, kind, torch.ones(n, device=DEVICE), wanted=(True, True)), *pair]
+    for k, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
+        ours_error, eager_error = ((x.double() - t).norm().item() for x in (a, b))
+        floor = 2 * torch.finfo(torch.float32).eps * t.norm().item()
+        assert ours_error <= max(1.1 * eager_error, floor), (k, ours_error, eager_error)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_identical_rows_have_zero_divergence_and_gradient(kind, dtype):
@@ -185,6 +208,23 @@ def test_maxima_that_move_late_and_far_lose_nothing(kind, order):
     if order == "first block banned":
         expected[:2] = vocab_kl_reference(y[:2, banned:], x[:2, banned:], kind)
     torch.testing.assert_close(kl, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_banned_by_the_lowest_number_are_as_if_cut_off(kind, dtype):
+    y, x = _pair(3, 3000, dtype)
+    temperature = torch.full((3,), 0.7, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    cut = [z[:, 2048:].clone() for z in (y, x)]
+    y[:, :2048] = x[:, :2048] = torch.finfo(dtype).min
+    results = [
+        vocab_kl_(*z, kind, torch.ones_like(temperature), wanted=(True, True), temperature=temperature)
+        for z in ((y, x), cut)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    for z, c in zip((y, x), cut, strict=True):
+        torch.testing.assert_close(z[:, 2048:], c, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+        assert not z[:, :2048].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -249,6 +249,32 @@ def test_a_nan_that_counts_is_not_hidden():
     assert output.loss.isnan() and output.logp.isnan().nonzero().tolist() == [[3]]
 
 
+def test_a_banned_target_leaves_every_other_gradient_alone():
+    hidden, weight, bias, batch = _case(masked=0.0)
+    with torch.no_grad():
+        bias[batch.targets[3]] = -math.inf
+    logp, _ = linear_logprobs(hidden, weight, batch.targets, bias=bias)
+    reference, _ = linear_logprobs_reference(hidden, weight, batch.targets, bias=bias)
+    finite = reference.isfinite()
+    assert not finite.all()
+    found = torch.autograd.grad(logp[finite].sum(), (hidden, weight), retain_graph=True)
+    _assert_near(found, _grads(reference[finite].sum(), hidden, weight))
+    assert all(g.isfinite().all() for g in _grads(logp.sum(), weight))
+
+
+def test_vectors_of_any_stride_and_coefficients_that_are_one_number():
+    hidden, weight, _, batch = _case(masked=0.0)
+    mean_entropy = Objective("mean", lambda logp, entropy, b: (-logp - 0.01 * entropy.sum() / len(entropy), {}))
+    expected = linear_policy_loss_reference(hidden, weight, batch, mean_entropy)
+    batch.targets = torch.stack([batch.targets, batch.targets + 1], 1)[:, 0]
+    output = linear_policy_loss(hidden, weight, batch, mean_entropy)
+    _assert_near([output.loss], [expected])
+    _assert_near(_grads(output.loss, hidden, weight), _grads(expected, hidden, weight))
+    logp, _ = linear_logprobs(hidden, weight, batch.targets)
+    reference, _ = linear_logprobs_reference(hidden, weight, batch.targets)
+    _assert_near(_grads(logp.sum(), hidden), _grads(reference.sum(), hidden))
+
+
 # --- invariance ---
 
 

@@ -6,6 +6,7 @@ import torch
 from cosmo_fast.objectives import TokenBatch, grpo
 from cosmo_fast.ops import RowTolerance, linear_policy_loss
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, D, V = 60, 6, 40
 
 
@@ -22,6 +23,8 @@ def _case(confident=6.0):
         torch.randn(6, generator=g, dtype=torch.float64).repeat_interleave(10),
         torch.zeros(N, dtype=torch.float64),
     )
+    hidden, weight = hidden.to(DEVICE), weight.to(DEVICE)
+    batch = TokenBatch(**{name: x.to(DEVICE) for name, x in vars(batch).items() if x is not None})
     batch.old_logp = linear_policy_loss(hidden, weight, batch, grpo()).logp
     return hidden.requires_grad_(), weight.requires_grad_(), batch
 
@@ -89,7 +92,42 @@ def test_a_share_of_zero_and_a_gradient_of_zero_change_nothing(unbiased):
     assert output.dropped["dw"] == 0 and output.dropped["dx"] == 0
 
 
+def test_costs_count_rows_that_had_a_gradient_and_stay_finite():
+    size = torch.tensor([0.0, 0.0, 1e-42, 1.0, 1.0, 1.0], device=DEVICE)
+    for unbiased in (False, True):
+        tolerance = RowTolerance(0.1, unbiased)
+        factor, costs = tolerance.thin(size, torch.ones_like(size), tolerance.generator(size.device))
+        assert costs["rows"] == 1 and factor[3:].eq(1).all() and factor.isfinite().all()
+        assert all(0 <= cost < 1e-20 or name == "rows" for name, cost in costs.items())
+
+
+def test_a_gradient_that_is_nan_is_not_left_out():
+    size = torch.tensor([0.1, float("nan"), 1.0], device=DEVICE)
+    assert RowTolerance(0.5).thin(size, torch.ones_like(size), None)[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_costs_of_many_chunks_add_up_to_those_of_one(unbiased):
+    tolerance, size = RowTolerance(0.01, unbiased), torch.tensor([0.01, 1.0], device=DEVICE, dtype=torch.float64)
+    one = tolerance.thin(size.repeat(64), torch.ones(128, device=DEVICE), tolerance.generator(size.device))[1]
+    total = tolerance.nothing(size.device)
+    for _ in range(64):
+        costs = tolerance.thin(size, torch.ones(2, device=DEVICE), tolerance.generator(size.device))[1]
+        total = {name: tolerance.add(name, total[name], cost) for name, cost in costs.items()}
+    for name in ("dw", "dx"):
+        torch.testing.assert_close(total[name], one[name])
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_outside_of_zero_to_one_is_refused(share):
     with pytest.raises(ValueError, match="row_tolerance"):
         _run(share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_dtype_goes_through(dtype):
+    hidden, weight, batch = _case()
+    given = {k: x.float() if x.is_floating_point() else x for k, x in vars(batch).items() if x is not None}
+    case = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    output, gradients = _run(RowTolerance(0.1, unbiased=True), case=(*case, TokenBatch(**given)), entropy_coef=0.01)
+    assert output.dropped["rows"] > 0 and all(g.dtype == dtype and g.isfinite().all() for g in gradients)

@@ -148,3 +148,9 @@ def test_indices_outside_their_range_are_refused():
     stats = vocab_stats(logits, targets)
     with pytest.raises(RuntimeError, match=r"rows\[0\] = 1"):
         vocab_grad_(logits, targets, stats, torch.ones(4), rows=torch.tensor([1, 3]))
+
+
+def test_an_overflow_at_the_target_is_not_certainty():
+    logits = torch.zeros(1, 5, device=DEVICE)
+    logits[0, 2] = math.inf
+    assert vocab_stats(logits, torch.tensor([2], device=DEVICE)).logp.isnan().all()

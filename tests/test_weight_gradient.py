@@ -63,6 +63,13 @@ def test_dw_is_not_added_where_something_else_must_see_it():
     with pytest.raises(RuntimeError, match="retain_graph"):
         run(weight, lambda loss: loss.backward(retain_graph=True))
 
+    def after_zero_grad(loss):
+        weight.grad = None
+        loss.backward()
+
+    with pytest.raises(RuntimeError, match="zero_grad before the forward"):
+        run(weight, after_zero_grad)
+
 
 @pytest.mark.parametrize("n", [511, 512, 700])
 @pytest.mark.parametrize("columns", [100, 4097])
@@ -87,6 +94,29 @@ def test_a_product_is_turned_into_the_gradient_bit_by_bit(m, d):
     for args in ((torch.zeros(m, d + 1), x), (torch.zeros(m, d), x.float()), (torch.zeros(m, d).double(), x)):
         with pytest.raises(RuntimeError, match="must be"):
             torch.ops.cosmo_fast.add_transposed_(*args)
+
+
+@pytest.mark.parametrize(("factor", "slack"), [(1 / 4, 1.1), (1 / 3, 1.5), (1 / 7, 1.5)])
+def test_a_factor_of_the_loss_costs_one_rounding_of_a_bf16_gradient_and_a_power_of_two_none(factor, slack):
+    hidden, weight, _, batch = loss_case(64, 24, 300, torch.bfloat16, scale=0.3)
+
+    def errors(loss):
+        found = _grads(factor * loss, hidden, weight)
+        return [(g.double() - t).norm().item() for g, t in zip(found, truth, strict=True)]
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = _grads(factor * linear_policy_loss_reference(*wide, _double(batch), sft()), *wide)
+    eager = errors(linear_policy_loss_reference(hidden, weight, batch, sft()))
+    ours = errors(linear_policy_loss(hidden, weight, batch, sft()).loss)
+    assert all(a <= slack * b for a, b in zip(ours, eager, strict=True)), (ours, eager)
+
+
+def test_inference_mode_before_training_leaves_nothing_that_training_cannot_write_to():
+    ops.empty_cache()
+    hidden, weight, _, batch = loss_case()
+    with torch.inference_mode():
+        ops.linear_logprobs(hidden, weight, batch.targets)
+    ops.linear_policy_loss(hidden, weight, batch, sft()).loss.backward()
 
 
 def test_a_cpu_keeps_its_chunk_of_logits_for_the_next_call_and_no_more_than_a_bound(monkeypatch):

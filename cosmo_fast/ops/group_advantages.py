@@ -20,7 +20,8 @@ def group_advantages(
     factor, by `scale`: none 1; group 1/(std + epsilon), std over n − 1; leave_one_out n/(n − 1); batch 1/(std of all
     rewards + epsilon); centred 1/(std of all differences + epsilon); clip_filter min(weight_cap, groups / groups whose
     rewards differ). NaN rewards are in no statistic and come out as 0, as does, exactly, a group whose rewards are all
-    equal; an infinite one makes its group NaN. Ids may be any numbers in any order; sorted ones save a sort.
+    equal; an infinite one makes its group NaN, or all of them where the factor is the batch's. Ids may be any numbers
+    in any order; sorted ones save a sort.
     Statistics are in fp64; the result does not depend on the number of threads. No gradient. CPU: C++; CUDA: Triton.
     Raises ValueError for a scale or dtype that is not there, RuntimeError for shapes.
     """

@@ -74,6 +74,8 @@ def grpo_loss(
 
     sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=n)
     counted = lengths if mask is None else torch.zeros_like(lengths).index_add(0, sequence, (mask != 0).to(lengths))
+    if weights is not None and (aggregation is not None or max_length is not None):
+        raise ValueError(f"weights are an aggregation already: leave out aggregation={aggregation!r} and max_length")
     if weights is None:
         weights = objectives.sequence_weights(aggregation or kinds[0], counted, groups, max_length)
     weight = weights.to(device).float()[sequence]

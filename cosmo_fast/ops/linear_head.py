@@ -24,7 +24,8 @@ def _take(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(buffer: Tensor) -> None:
-    if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_MIB << 20:
+    ordinary = type(buffer) is Tensor and not buffer.is_inference()  # another call could not write to it
+    if ordinary and buffer.device.type == "cpu" and buffer.nbytes <= KEPT_MIB << 20:
         with _lock:
             _kept.append(buffer)
             while sum(kept.nbytes for kept in _kept) > KEPT_MIB << 20:
@@ -87,7 +88,7 @@ class LinearHead:
         """(n, V) in a buffer that the next call overwrites. One GEMM."""
         shape, weight = (rows.shape[0], self.weight.shape[0]), self.weight.t()
         if self._buffer is None or self._buffer.numel() < shape[0] * shape[1]:
-            self.release()  # before its successor is made
+            self.release(keep=False)  # before its successor is made
             self._buffer = _take(rows, shape[0] * shape[1], self.dtype)
         logits = self._buffer[: shape[0] * shape[1]].view(shape)
         if self.widens and rows.dtype != self.dtype:
@@ -98,10 +99,10 @@ class LinearHead:
             return torch.mm(rows, weight, out=logits)
         return logits if self.bias is None else logits.add_(self.bias)
 
-    def release(self) -> "LinearHead":
+    def release(self, keep: bool = True) -> "LinearHead":
         """Lets the logits' buffer go; a CPU keeps it for the next call, up to KEPT_MIB."""
         buffer, self._buffer = self._buffer, None
-        if buffer is not None:
+        if buffer is not None and keep:
             _keep(buffer)
         return self
 
@@ -115,6 +116,7 @@ class LinearHead:
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and ids (n, k) of the most probable tokens of one chunk."""
         values, ids = logits.topk(k, dim=1)
+        first = self.stats(logits, ids[:, 0].contiguous(), index).logp  # exact where it is nearly certain
         y = torch.cat([values, logits.gather(1, targets[:, None])], 1).to(stats.logp.dtype)
         if self.softcap:
             y = self.softcap * torch.tanh(y / self.softcap)
@@ -122,7 +124,9 @@ class LinearHead:
         if temperature is not None:
             y, highest = y / temperature[:, None], highest / temperature
         total = torch.logaddexp(highest + stats.other_sum.log(), y[:, -1])
-        return torch.where(ids == targets[:, None], stats.logp[:, None], y[:, :-1] - total[:, None]), ids
+        logp = torch.where(ids == targets[:, None], stats.logp[:, None], y[:, :-1] - total[:, None])
+        logp[:, 0] = first
+        return logp, ids
 
 
 class HeadGradient:
@@ -135,8 +139,8 @@ class HeadGradient:
         """
         self.head, self.needs, self.into = head, needs, into
         wide = torch.float64 if head.dtype == torch.float64 else torch.float32
-        # A sum of several chunks is kept wide; one chunk is rounded once anyway.
-        direct = into is not None and (chunks == 1 or into.dtype == wide)
+        # A sum of several chunks is kept wide, and so is what is added to a narrow gradient.
+        direct = into is not None and (into.dtype == wide or (chunks == 1 and head.weight.device.type != "cpu"))
         self.single = chunks == 1 and not direct
         self.hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = into if direct else None
@@ -210,7 +214,7 @@ class HeadGradient:
         if self.into is not None:
             if self.weight is not None and self.weight is not self.into:
                 self.into += self.weight
-            self.weight = None
+            self.weight = None  # what is left to hand out
         elif self.needs[1] and self.weight is None:  # no row had a coefficient
             self.weight = torch.zeros_like(self.head.weight)
         return self.hidden, *(None if g is None else g.to(dtype) for g in (self.weight, self.bias))
@@ -237,12 +241,12 @@ class HandOut(torch.autograd.Function):
     """Ties gradients that were made in the forward to a scalar; the backward multiplies them by what comes in."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, gradients, added=False):
+    def forward(ctx, hidden, weight, bias, loss, gradients, added=None):
         """loss: the scalar to return. gradients: by hidden, weight and bias, None where none is wanted.
 
-        added: a gradient has been added where it belongs already, for an incoming 1.
+        added: the gradient of weight to which dW has been added already, for an incoming 1.
         """
-        ctx.gradients, ctx.added = gradients, added
+        ctx.gradients, ctx.added = gradients, None if added is None else (weight, added)
         return loss.clone()
 
     @staticmethod
@@ -253,22 +257,35 @@ class HandOut(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("this loss was differentiated a second time; give the first backward retain_graph=True")
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        if ctx.added:
+        if ctx.added is not None:
+            weight, added = ctx.added
             if keep:
                 raise RuntimeError("accumulate_weight_grad adds dW once: call backward without retain_graph")
+            if weight.grad is None or weight.grad.data_ptr() != added.data_ptr():
+                raise RuntimeError("head_weight.grad, with dW in it, is gone: call zero_grad before the forward")
             message = "accumulate_weight_grad has added dW for a gradient of 1: put factors into the batch's weights"
             if incoming.device.type == "cpu" and incoming != 1:
                 raise RuntimeError(f"{message}, the incoming one is {incoming.item()}")
             torch._assert_async(incoming == 1, message)  # on a GPU without a host sync
         if keep:
-            return *(None if g is None else g * incoming.to(g.dtype) for g in gradients), None, None, None
-        ctx.gradients = None
+            gradients = tuple(None if g is None else g.clone() for g in gradients)
+        else:
+            ctx.gradients = None
         # On a CPU reading the scalar is free, and it is 1 in most calls; on a GPU it would be a host sync.
         if incoming.device.type != "cpu" or incoming != 1:
             for g in gradients:
                 if g is not None:
-                    g.mul_(incoming.to(g.dtype))
+                    _scale_(g, incoming)
         return *gradients, None, None, None
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, a scalar tensor, rounded once. A CPU does so by itself, a GPU rounds the factor first."""
+    if gradient.device.type == "cpu" or gradient.dtype == factor.dtype:
+        gradient.mul_(factor)
+        return
+    for block in gradient.split(4096):
+        block.copy_(block.to(factor.dtype).mul_(factor))
 
 
 @torch.library.register_fake("cosmo_fast::add_transposed_")

@@ -34,7 +34,7 @@ def linear_logprobs(
     options = {"temperature": temperature, "logit_softcap": logit_softcap}
     with torch.autocast(hidden.device.type, enabled=False):
         head = LinearHead(hidden, head_weight, bias, logits_dtype=logits_dtype, chunk_rows=chunk_rows, **options)
-        return _LinearLogprobs.apply(hidden, head_weight, bias, targets, head, top_k)
+        return _LinearLogprobs.apply(hidden, head_weight, bias, targets.contiguous(), head, top_k)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -62,7 +62,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, c_logp, c_entropy, *_top):
         _hidden, _weight, _bias, targets, *stats = ctx.saved_tensors
-        head, stats = ctx.head, VocabStats(*stats)
+        head, stats, c_logp, c_entropy = ctx.head, VocabStats(*stats), c_logp.contiguous(), c_entropy.contiguous()
         wanted = ((c_logp != 0) | (c_entropy != 0)).nonzero()[:, 0]
         chunks = wanted.split(head.chunk_rows) if wanted.numel() else []
         with torch.autocast(head.hidden.device.type, enabled=False):

@@ -5,6 +5,7 @@ derivatives by logp and entropy are the coefficients of each row's gradient. Row
 coefficients are zero (clipped, zero advantage), cost nothing past the point where that is known.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ _LOSS = "the loss itself"  # its sum is kept beside those of the metrics, under 
 class LossOutput(NamedTuple):
     """loss: scalar, differentiable. logp, entropy (N,): 0 under the mask, no gradient. metrics: scalar means by name.
 
-    A metric is its mean under the batch's weights, Σ w·x / Σ w; 0 where everything is masked. dropped: what a
-    `row_tolerance` cost (see `RowTolerance.thin`), scalars that add up over calls; None without one.
+    A metric is its mean under the batch's weights, Σ w·x / Σ w; there is none where everything is masked. dropped: what
+    a `row_tolerance` cost (see `RowTolerance.thin`); None without one.
     """
 
     loss: Tensor
@@ -50,15 +51,17 @@ def linear_policy_loss(
 
     hidden, head_weight, bias (V,): one dtype of fp32, bf16, fp64, on one device. The loss is differentiable by them
     and costs 3 GEMMs (2N·V·d each), 2 with a frozen head, 1 without gradients; call backward once, or keep the graph.
+    A factor of the loss rounds bf16 gradients once more unless it is a power of two: factors belong into the weights.
     objective: see `objectives.policy`; any callable (logp, entropy, batch) -> (loss (N,), metrics), taken to depend on
     whole sequences unless its `sequence_level` is False. A sequence longer than a chunk then costs 1 GEMM more.
     temperature: a number or (N,), divides the logits after the cap. logits_dtype: fp32 for an fp32 head on bf16.
     chunk_rows: rows of logits that exist at a time; peak memory is chunk_rows·V logits and, for several chunks, one
     fp32 dW. Nothing under the mask (weight 0) is read beyond its weight. Raises ValueError for shapes, dtypes, options.
     row_tolerance: a `RowTolerance`, or its share: rows with the smallest gradients leave the gradient products.
-    accumulate_weight_grad: this call adds dW to head_weight.grad itself, without a second (V, d) matrix; backward must
-    then be called with gradient 1. Refused where something else would have to see dW first: hooks, several ranks,
-    DeepSpeed, a weight that is no leaf. A head that is tied to the input embedding may use it.
+    accumulate_weight_grad: this call, not backward, adds dW to head_weight.grad, which spares autograd's second (V, d)
+    matrix. Call zero_grad before it, and backward with gradient 1: the rest is an error, after which the gradient holds
+    dW all the same. Refused where something else would have to see dW first: hooks, several ranks, DeepSpeed, a weight
+    that is no leaf. A head that is tied to the input embedding may use it.
     """
     if len(batch) != hidden.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, the batch {len(batch)} tokens")
@@ -75,7 +78,7 @@ def linear_policy_loss(
         output, gradients = _forward(head, batch, objective, needs, row_tolerance, into)
     if not any(needs):
         return output
-    return output._replace(loss=HandOut.apply(*parameters, output.loss, gradients, into is not None))
+    return output._replace(loss=HandOut.apply(*parameters, output.loss, gradients, into))
 
 
 def _weight_grad(weight: Tensor) -> Tensor:
@@ -109,11 +112,11 @@ def _forward(
     wide = torch.float64 if head.dtype == torch.float64 else torch.float32
     counted = (batch.weight != 0).nonzero()[:, 0]
     dense = counted.shape[0] == n
-    batch = batch if dense else batch.select(counted)
+    batch = replace(batch, targets=batch.targets.contiguous()) if dense else batch.select(counted)
     plan = _chunks(batch.sequence, head.chunk_rows, getattr(objective, "sequence_level", True))
     pieces = sum(len(group) for group in plan)
     gradient = HeadGradient(head, needs, pieces, into) if any(needs) else None
-    dropped = None if tolerance is None else {}
+    dropped = None if tolerance is None or gradient is None else tolerance.nothing(device)
     generator = None if tolerance is None else tolerance.generator(device)
     logp, entropy = (torch.zeros(n, dtype=wide, device=device) for _ in range(2))
     sums: dict[str, Tensor] = {}
@@ -132,9 +135,9 @@ def _forward(
             continue
         if tolerance is not None:
             factor, costs = tolerance.thin(*_sizes(head, index, stats, c_logp, c_entropy), generator)
-            c_logp = c_logp * factor
-            c_entropy = None if c_entropy is None else c_entropy * factor
-            dropped = {name: cost + dropped.get(name, 0) for name, cost in costs.items()}
+            c_logp = c_logp * factor.to(c_logp.dtype)
+            c_entropy = None if c_entropy is None else c_entropy * factor.to(c_entropy.dtype)
+            dropped = {name: tolerance.add(name, dropped[name], cost) for name, cost in costs.items()}
         for k, (where, targets, stat) in enumerate(zip(index, parts, stats, strict=True)):
             if len(group) > 1:  # a sequence longer than a chunk: its logits are made again
                 rows = head.rows(where)
@@ -146,7 +149,7 @@ def _forward(
     weight_sum = batch.weight.double().sum()
     metrics = {name: (total / weight_sum).to(wide) for name, total in sums.items() if name != _LOSS}
     loss = sums[_LOSS].to(wide) if sums else torch.zeros((), dtype=wide, device=device)
-    head.release()  # before the results are rounded: the peak is one chunk of logits and one wide dW
+    head.release(keep=pieces == 1)  # where dW is rounded next, the peak is one chunk of logits and one wide dW
     return LossOutput(loss, logp, entropy, metrics, dropped), None if gradient is None else gradient.results()
 
 
@@ -189,8 +192,10 @@ def _coefficients(
         sums[name] = sums[name] + total if name in sums else total
     if not (differentiate and loss.requires_grad):
         return torch.zeros_like(logp), None
+    # Contiguous: a coefficient may come as one number, expanded.
     c_logp, c_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
-    return torch.zeros_like(logp) if c_logp is None else c_logp, c_entropy
+    c_logp = torch.zeros_like(logp) if c_logp is None else c_logp.contiguous()
+    return c_logp, None if c_entropy is None else c_entropy.contiguous()
 
 
 def _sizes(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_UNITS = 2**40  # of a chunk's Σ‖dz‖₁
+
 
 @dataclass(frozen=True)
 class RowTolerance:
@@ -35,24 +37,33 @@ class RowTolerance:
     def thin(self, size: Tensor, norms: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """(factor of every row's coefficients (n,), what it costs) from ‖dz‖₁ and ‖hidden row‖₂, (n,) each.
 
-        The costs, scalars that add up over chunks: `rows` left out; `dw`, a bound on the Frobenius norm of dW's error;
-        `dx`, that of dX's in units of the largest Euclidean norm of a row of the head (its root mean square and so on).
+        The costs, fp64 scalars: `rows` with a gradient that are left out; `dw`, a bound on the Frobenius norm of dW's
+        error; `dx`, that of dX's in units of the largest Euclidean norm of a row of the head. See `add` for several.
         """
+        size, norms = size.double(), norms.double()
         ordered, order = size.sort()
-        few = ordered.cumsum(0, dtype=torch.float64) <= self.share * ordered.sum(dtype=torch.float64)
-        small = torch.zeros_like(few).scatter(0, order, few)
-        if generator is None:
-            kept = torch.zeros_like(size)
-            error = size
-        else:
+        # In integers, whose running sum is the same on every device and in every run.
+        units = (ordered / ordered.sum() * _UNITS).nan_to_num(nan=2.0 * _UNITS).long()
+        small = torch.zeros_like(size, dtype=torch.bool).scatter(0, order, units.cumsum(0) <= self.share * _UNITS)
+        kept, error = torch.zeros_like(size), size
+        if generator is not None:
             outside = torch.where(small, torch.inf, size).amin()
-            inside = torch.where(small, size, 0.0).amax()
-            chance = (size / torch.where(outside.isfinite(), outside, inside)).clamp(max=1)
-            chosen = torch.rand(size.shape, generator=generator, device=size.device, dtype=size.dtype) < chance
-            kept = torch.where(chosen, 1 / chance, 0.0)
-            error = size * (1 / chance - 1).clamp(min=0).sqrt()
+            outside = torch.where(outside.isfinite(), outside, torch.where(small, size, 0.0).amax())
+            draw = torch.rand(size.shape, generator=generator, device=size.device, dtype=size.dtype)
+            kept = torch.where(draw * outside < size, outside / size, 0.0)
+            error = (size * (outside - size)).clamp(min=0).sqrt()
         factor = torch.where(small, kept, 1.0)
-        error = torch.where(small & (size > 0), error, 0.0).double()
-        weighted = error * norms.double()
-        add = torch.sum if generator is None else torch.linalg.vector_norm
-        return factor, {"rows": (factor == 0).sum(), "dw": add(weighted), "dx": torch.linalg.vector_norm(error)}
+        error = torch.where(small & (size > 0), error, 0.0)
+        gone = ((factor == 0) & (size > 0)).sum().double()
+        dw = torch.linalg.vector_norm(error * norms) if self.unbiased else (error * norms).sum()
+        return factor, {"rows": gone, "dw": dw, "dx": torch.linalg.vector_norm(error)}
+
+    def nothing(self, device: torch.device) -> dict[str, Tensor]:
+        """The costs of no chunk."""
+        return {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("rows", "dw", "dx")}
+
+    def add(self, name: str, one: Tensor | float, other: Tensor | float) -> Tensor | float:
+        """The cost `name` of two chunks or calls: root mean squares, and dX's rows, add by their squares."""
+        if name == "rows" or (name == "dw" and not self.unbiased):
+            return one + other
+        return (one * one + other * other) ** 0.5

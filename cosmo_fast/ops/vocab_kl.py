@@ -2,7 +2,8 @@
 
 y = softcap * tanh(z / softcap) / temperature. Work is in fp32 for bf16 and fp32 logits, in fp64 for fp64. A row's sum
 has terms that are >= 0 and of second order in the difference of the two rows, so that the small divergences of a policy
-near its reference keep their digits, where Σ p (log p - log q) cancels.
+near its reference keep their digits, where Σ p (log p - log q) cancels; a peaked row against a flat one, where those
+terms would cancel, takes this sum.
 """
 
 import torch

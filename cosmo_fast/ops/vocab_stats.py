@@ -65,7 +65,7 @@ def vocab_stats(
         raise ValueError(f"logits must be float32, bfloat16 or float64, got {logits.dtype}")
     rows = row_temperature(temperature, logits.dtype, logits.shape[0], logits.device)
     softcap = check_softcap(logit_softcap)
-    return VocabStats(*torch.ops.cosmo_fast.vocab_stats(logits, targets, rows, softcap))
+    return VocabStats(*torch.ops.cosmo_fast.vocab_stats(logits, targets.contiguous(), rows, softcap))
 
 
 def vocab_grad_(
