@@ -46,7 +46,7 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class StageConfig(_Strict):
@@ -78,7 +78,14 @@ class StageConfig(_Strict):
     min_p: float = Field(default=0.0, ge=0, le=1)
     loss_type: LossType = "cpgd"
     aggregation: (
-        Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "prompt-mean-token-mean"] | None
+        Literal[
+            "token-mean",
+            "seq-mean-token-mean",
+            "seq-mean-token-sum",
+            "seq-mean-token-sum-norm",
+            "prompt-mean-token-mean",
+        ]
+        | None
     ) = None  # default: as the loss's paper has it, like the advantage
     advantage: AdvantageKind | None = None
     cpgd_weighting: Literal["equal", "std", "clip_filter"] = "clip_filter"  # of advantage: cpgd
@@ -114,14 +121,14 @@ class StageConfig(_Strict):
         for path, weight in self.datasets.items():
             if not 0 < weight < float("inf"):
                 raise ValueError(f"train_dataset: {path!r} has weight {weight}; a weight must be above 0 and finite")
+        if self.row_tolerance_unbiased and not self.row_tolerance:
+            raise ValueError("row_tolerance_unbiased=true has no effect without a row_tolerance: set both")
         if self.kind == "sft":
-            rl_only = list(StageConfig.model_fields)
-            rl_only = rl_only[rl_only.index("num_generations") :]
-            wrong = sorted(self.model_fields_set & set(rl_only))
+            wrong = sorted(self.model_fields_set & _rl_only())
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: a setting of rl stages, but stage {self.name!r} is kind: sft")
             return self
-        self._resolve_loss()
+        self._check_loss()
         completions = self.completions_per_rollout
         if completions % self.num_generations:
             raise ValueError(
@@ -146,21 +153,49 @@ class StageConfig(_Strict):
             )
         return self
 
-    def _resolve_loss(self) -> None:
-        """Fills in the loss's own defaults; ValueError for an option that it does not read or that has a bad value."""
-        from cosmo_fast.objectives import LOSSES, objective  # torch: not for whom no recipe is read
+    def _check_loss(self) -> None:
+        """ValueError for an option that nothing reads, or that has a bad value."""
+        from cosmo_fast.objectives import DEFAULTS, objective  # torch: not for whom no recipe is read
 
-        read = inspect.signature(LOSSES[self.loss_type]).parameters
-        for name in LOSS_OPTIONS:
-            if getattr(self, name) is None and name in read:
-                setattr(self, name, read[name].default)
         objective(self.loss_type, **self.loss_options)
+        advantage = self.advantage or DEFAULTS[self.loss_type][1]
+        idle = {name: "advantage: cale" for name in ("cale_mu", "cale_a") if advantage != "cale"}
+        idle |= {"cpgd_weighting": "advantage: cpgd"} if advantage != "cpgd" else {}
+        idle |= {name: "a beta above 0" for name in ("kl", "use_bias_correction_kl") if not self.beta}
+        for name, owner in idle.items():
+            if getattr(self, name) != StageConfig.model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without {owner}")
+        if self.loss_type in ("reinforce", "rloo") and self.updates_per_rollout > 1:
+            raise ValueError(
+                f"loss_type {self.loss_type!r} has no ratio, but of the {self.updates_per_rollout} optimiser steps of "
+                "a rollout (steps_per_generation / gradient_accumulation_steps × num_iterations) only the first is "
+                "on-policy; use one, or reinforce_pp"
+            )
 
     @property
     def loss_options(self) -> dict[str, float | str | bool]:
-        """What `objectives.objective` takes besides the name."""
+        """What `objectives.objective` takes besides the name: what was set."""
         given = {name: getattr(self, name) for name in (*LOSS_OPTIONS, "beta", "entropy_coef")}
         return {name: value for name, value in given.items() if value is not None}
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings of this kind of stage with the defaults of its loss, as a recipe may hold them."""
+        settings = self.model_dump()
+        if self.kind == "sft":
+            return {name: value for name, value in settings.items() if name not in _rl_only()}
+        from cosmo_fast.objectives import DEFAULTS, LOSSES
+
+        read = inspect.signature(LOSSES[self.loss_type]).parameters
+        unset = [name for name in LOSS_OPTIONS if settings[name] is None]
+        for name in unset:
+            if name not in read or (not self.beta and name in ("kl", "use_bias_correction_kl")):
+                del settings[name]
+            else:
+                settings[name] = read[name].default
+        aggregation, advantage = DEFAULTS[self.loss_type]
+        settings["aggregation"] = self.aggregation or aggregation
+        settings["advantage"] = self.advantage or advantage
+        return settings
 
     @property
     def micro_steps(self) -> int:
@@ -177,6 +212,17 @@ class StageConfig(_Strict):
     @property
     def datasets(self) -> dict[str, float]:
         return {self.train_dataset: 1.0} if isinstance(self.train_dataset, str) else self.train_dataset
+
+
+def _rl_only() -> set[str]:
+    names = list(StageConfig.model_fields)
+    return set(names[names.index("num_generations") :])
+
+
+def resolved_stage(saved: dict[str, Any]) -> dict[str, Any]:
+    """`StageConfig.resolved` of a checkpoint's settings; what an earlier version did not have is at its default."""
+    known = StageConfig.model_fields.keys() - (_rl_only() if saved["kind"] == "sft" else set())
+    return StageConfig(**{name: value for name, value in saved.items() if name in known}).resolved()
 
 
 class EvalConfig(_Strict):
@@ -232,6 +278,10 @@ class Config(_Strict):
         if twice:
             raise ValueError(f"stages: the name(s) {twice} stand twice; results are filed by name")
         return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings, defaults included, as a recipe that makes the same run."""
+        return self.model_dump() | {"stages": [stage.resolved() for stage in self.stages]}
 
 
 def load_config(recipe: str, overrides: list[str] | None = None) -> Config:

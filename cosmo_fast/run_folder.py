@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cosmo_fast import checkpoint as ckpt
-from cosmo_fast.config import Config, ConfigError
+from cosmo_fast.config import Config, ConfigError, resolved_stage
 
 # Lists the files of ours at the root of the folder: only they, and the folders below, are ever removed.
 MARKER = ".cosmo_fast_run.json"
@@ -75,7 +75,7 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: naming the first setting that differs, its value then and now.
     """
-    now = config.model_dump()
+    now = config.resolved()
     for key in sorted(now.keys() - _FREE):
         if saved.get(key) == now[key]:
             continue
@@ -83,7 +83,7 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
             raise ConfigError(
                 f"resume_from_checkpoint: {key} was {saved.get(key)!r}, now {now[key]!r}; a resume cannot change it"
             )
-        for before, after in zip(saved[key], now[key], strict=True):
+        for before, after in zip(map(resolved_stage, saved[key]), now[key], strict=True):
             for name in after:
                 if before.get(name) != after[name]:
                     raise ConfigError(
@@ -108,7 +108,7 @@ def prepare(folder: Path, config: Config, resume_step: int | None) -> None:
             if int(path.stem.removeprefix("step-")) > resume_step:
                 path.unlink()
     record(folder, [])
-    ckpt.replace_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    ckpt.replace_text(folder / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
 
 
 def record(folder: Path, names: list[str]) -> None:

@@ -46,11 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _without_none(value):
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
 def describe(trainer) -> None:
     """Prints the resolved config, the batch arithmetic of every stage and the first rendered prompt."""
     config = trainer.config
     print("# resolved config")
-    print(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False).rstrip())
+    print(yaml.safe_dump(_without_none(config.resolved()), sort_keys=False).rstrip())
     for stage in config.stages:
         rows = {name: len(items) for name, (items, _) in trainer.data[stage.name].items()}
         updates = stage.per_device_train_batch_size * stage.gradient_accumulation_steps

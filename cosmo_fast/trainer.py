@@ -241,7 +241,7 @@ class Trainer:
         return splits
 
     def _state(self, position: dict[str, Any]) -> dict[str, Any]:
-        done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.model_dump()}
+        done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.resolved()}
         return position | done
 
     def _save(self, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> Path:

@@ -112,9 +112,10 @@ def test_aggregation_and_advantage_can_be_chosen():
 def test_micro_batches_with_the_weights_of_the_step_add_up_to_it(aggregation):
     tokens, old, ref, mask = _data()
     rewards, groups, lengths = _vectors()
-    given = {"aggregation": aggregation, "temperature": 0.8}
     leaves = _leaves()
-    whole = grpo_loss(*leaves, tokens, rewards, groups, lengths, mask=mask, old_logp=old, **given)
+    whole = grpo_loss(
+        *leaves, tokens, rewards, groups, lengths, mask=mask, old_logp=old, aggregation=aggregation, temperature=0.8
+    )
     expected = torch.autograd.grad(whole.loss, leaves)
 
     counted = torch.tensor([int(part.sum()) for part in mask.split(LENGTHS)], device=DEVICE)
@@ -125,8 +126,10 @@ def test_micro_batches_with_the_weights_of_the_step_add_up_to_it(aggregation):
         chosen = groups == prompt
         rows = chosen.repeat_interleave(lengths).nonzero()[:, 0]
         vectors = (rewards[chosen], groups[chosen], lengths[chosen])
-        own = {"mask": mask[rows], "old_logp": old[rows], "weights": weights[chosen]}
-        total = total + grpo_loss(hidden[rows], head, tokens[rows], *vectors, **own, **given).loss
+        own = {"mask": mask[rows], "old_logp": old[rows], "weights": weights[chosen], "temperature": 0.8}
+        total = total + grpo_loss(hidden[rows], head, tokens[rows], *vectors, **own).loss
+    with pytest.raises(ValueError, match="weights are an aggregation"):
+        grpo_loss(hidden[rows], head, tokens[rows], *vectors, **own, aggregation=aggregation)
     assert total.item() == pytest.approx(whole.loss.item(), rel=1e-12)
     for got, own in zip(torch.autograd.grad(total, (hidden, head)), expected, strict=True):
         torch.testing.assert_close(got, own, rtol=1e-10, atol=1e-12)

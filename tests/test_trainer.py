@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -74,7 +75,9 @@ def test_a_run_leaves_a_model_checkpoints_metrics_samples_plots_and_a_summary(re
 
 @pytest.mark.parametrize("stop", [3, 9])
 def test_n_steps_equal_k_steps_then_resume_bitwise(recipe, tmp_path, stop, monkeypatch):
-    run(recipe, "--save_steps", "3", "--output_dir", str(tmp_path / "whole"), "--stages.rl.beta", "0.01")
+    own = ["beta=0.01", "epsilon_start=0.05", "row_tolerance=0.05", "row_tolerance_unbiased=true"]
+    own = ["--save_steps=3", *(f"--stages.rl.{setting}" for setting in own)]
+    run(recipe, *own, "--output_dir", str(tmp_path / "whole"))
     step = Trainer._step
 
     def interrupted(self, *args):
@@ -82,7 +85,7 @@ def test_n_steps_equal_k_steps_then_resume_bitwise(recipe, tmp_path, stop, monke
             raise KeyboardInterrupt
         step(self, *args)
 
-    flags = ["--save_steps", "3", "--output_dir", str(tmp_path / "cut"), "--stages.rl.beta", "0.01"]
+    flags = [*own, "--output_dir", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -123,12 +126,29 @@ def test_later_passes_of_cpgd_reweight_and_rows_may_be_left_out(recipe, tmp_path
     accumulate = rl.accumulate
     monkeypatch.setattr(rl, "accumulate", lambda c, g, loss, *a: seen.append(loss) or accumulate(c, g, loss, *a))
     flags = ["--stages.rl.num_iterations=2", "--stages.rl.epsilon_start=0.05", "--stages.rl.row_tolerance=0.05"]
-    run(recipe, *flags, "--stages.rl.row_tolerance_unbiased=true", "--stages.rl.max_steps=4")
+    more = ["--stages.rl.row_tolerance_unbiased=true", "--stages.rl.max_steps=4"]
+    run(recipe, *flags, *more)
     assert seen[0] is not seen[1], "the second pass of the first rollout"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("row_tolerance/rows", 0) for row in rows) > 0
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["stages"][1]
-    assert (resolved["epsilon"], resolved["alpha"], resolved["delta"]) == (0.2, 0.01, None)
+    assert (resolved["epsilon"], resolved["alpha"], resolved["aggregation"]) == (0.2, 0.01, "prompt-mean-token-mean")
+    assert "delta" not in resolved
+    again = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert again.resolved() == load_config(str(recipe), [*flags, *more]).resolved(), "a run's config.yaml is a recipe"
+
+
+def test_an_update_of_truncated_and_masked_responses_alone_goes_by(recipe, tmp_path, monkeypatch):
+    from cosmo_fast.stages import rl
+
+    def none_counts(groups, *arguments):
+        for group in groups:
+            group.weights = [np.zeros(len(response), dtype=np.float32) for response in group.responses]
+
+    monkeypatch.setattr(rl, "_set_weights", none_counts)
+    run(recipe, "--stages.rl.mask_truncated_completions=true", "--stages.rl.row_tolerance=0.1")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == 0 and rows[-1]["grad_norm"] == 0
 
 
 @pytest.mark.parametrize(
@@ -294,6 +314,11 @@ def assert_error(capsys, message):
         (["--stages.rl.train_dataset", "{}"], "train_dataset names no file"),
         (["--stages.rl.train_dataset", "{a.jsonl: -1}"], "'a.jsonl' has weight -1"),
         (["--stages.rl.loss_type=grpo", "--stages.rl.alpha=0.1"], "loss_type 'grpo' does not read alpha"),
+        (["--stages.rl.loss_type=rloo", "--stages.rl.num_iterations=2"], "only the first is on-policy"),
+        (["--stages.rl.cale_a=0.9"], "cale_a=0.9 has no effect without advantage: cale"),
+        (["--stages.rl.kl=k2"], "kl='k2' has no effect without a beta above 0"),
+        (["--stages.rl.row_tolerance_unbiased=true"], "no effect without a row_tolerance"),
+        (["--stages.rl.entropy_coef=.nan"], "entropy_coef"),
         (["--stages.rl.loss_type=gspo", "--stages.rl.delta=1.00001"], r"delta must exceed 1 \+ epsilon_high"),
     ],
 )

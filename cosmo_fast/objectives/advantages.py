@@ -108,6 +108,8 @@ def _conditioned(rewards: Tensor, groups: Tensor, lengths: Tensor | None, mu: fl
         raise ValueError(f"mu must lie in [0, 1], got {mu}")
     lengths = lengths.to(rewards.device)
     index = (~rewards.isnan()).nonzero()[:, 0]
+    if not index.numel():
+        return torch.zeros_like(rewards)
     index = index[lengths[index].argsort(stable=True)]
     index = index[groups[index].argsort(stable=True)]
     r, length = rewards[index].double(), lengths[index]
@@ -118,7 +120,7 @@ def _conditioned(rewards: Tensor, groups: Tensor, lengths: Tensor | None, mu: fl
     share = (((first + half)[group] - (ties.cumsum(0) - ties)[tie]) / ties[tie]).clamp(0, 1)
 
     def mean(weights: Tensor) -> Tensor:
-        return (torch.zeros_like(half).index_add(0, group, weights * r) / half)[group]
+        return (torch.segment_reduce(weights * r, "sum", lengths=size) / half)[group]
 
     short, long = mean(share), mean(1 - share)
     as_short = mu * (r - a * long) + (1 - mu) * (r - short)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-KINDS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "prompt-mean-token-mean")
+KINDS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "prompt-mean-token-mean")
 
 
 def sequence_weights(
@@ -25,6 +25,8 @@ def sequence_weights(
         weights = torch.ones_like(lengths) / lengths.sum()
     elif kind == "seq-mean-token-mean":
         weights = 1 / (lengths * filled.sum())
+    elif kind == "seq-mean-token-sum":
+        weights = torch.ones_like(lengths) / filled.sum()
     elif kind == "seq-mean-token-sum-norm":
         if not max_length or max_length <= 0:
             raise ValueError(f"seq-mean-token-sum-norm needs a positive max_length, got {max_length}")

@@ -90,4 +90,5 @@ def sequence_position(sequence: Tensor) -> Tensor:
 
 def _by_sequence(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
     _, index, count = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
-    return values.new_zeros(count.shape[0]).index_add(0, index, values)[index], count[index]
+    # No atomics: the same bits in every run, on a GPU as well.
+    return torch.segment_reduce(values, "sum", lengths=count)[index], count[index]

@@ -19,7 +19,7 @@ from cosmo_fast.objectives.terms import MAX_LOG_RATIO, Terms, clip_metrics, poli
 _SMALLEST_WEIGHT = 1e-8  # of VESPO's sequence weight, as in TRL; the largest is e^20
 
 # Aggregation and advantage of each loss as its paper (or, where it has none, its authors' code) has them; a recipe may
-# choose others. "seq-mean-token-sum-norm" divides by max_length too: LUSPO's own scale is that with max_length = 1.
+# choose others.
 DEFAULTS = {
     "reinforce": ("seq-mean-token-sum-norm", "reinforce"),
     "rloo": ("seq-mean-token-sum-norm", "rloo"),
@@ -32,7 +32,7 @@ DEFAULTS = {
     "gmpo": ("seq-mean-token-mean", "group"),
     "cispo": ("token-mean", "group"),
     "sapo": ("seq-mean-token-mean", "group"),
-    "luspo": ("seq-mean-token-sum-norm", "group"),
+    "luspo": ("seq-mean-token-sum", "group"),
     "vespo": ("token-mean", "group"),
     "cpgd": ("prompt-mean-token-mean", "cpgd"),
 }
@@ -175,7 +175,7 @@ def luspo(
 ) -> Objective:
     """LUSPO (arXiv 2602.05261): GSPO times the sequence's length, which is the *sum* over its tokens.
 
-    The length comes from the aggregation: seq-mean-token-sum-norm with max_length 1 (any other is a constant factor).
+    The length comes from the aggregation, seq-mean-token-sum.
     """
     options |= {"importance_sampling_level": importance_sampling_level}
     return replace(grpo(epsilon, epsilon_high, **options), name="luspo")

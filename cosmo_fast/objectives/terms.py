@@ -67,7 +67,7 @@ class Terms:
     ) -> tuple[Tensor, Metrics]:
         """The loss per token (N,) from its policy term. ratio (N,): π/π_old as the loss has it; None: the token's."""
         if batch.correction is not None:
-            policy = policy * batch.correction
+            policy = torch.where(batch.correction == 0, 0.0, policy * batch.correction)
         if self.beta > 0:
             (ref_logp,) = batch.need("ref_logp")
             divergence = kl_estimate(self.kl, logp, ref_logp)

@@ -122,7 +122,8 @@ def accumulate(
         for name, value in out.metrics.items():
             sums[name] += float(value) * mass
         for name, value in (out.dropped or {}).items():
-            dropped[f"row_tolerance/{name}"] += float(value)
+            key = f"row_tolerance/{name}"
+            dropped[key] = tolerance.add(name, dropped[key], float(value))
         for i, arrays in zip(indices, by_response(out.logp, chosen), strict=True):
             logps[i] = arrays
     metrics = {name: value / counted for name, value in sums.items()} if counted else {}

@@ -70,7 +70,7 @@ class RLStage:
             loss, own, logps = accumulate(
                 self.context, used, loss_function, stage.temperature, step_seed(self.context.seed, step, 1)
             )
-            own.pop("entropy")  # of the groups in this update only; the rollout's is logged
+            own.pop("entropy", None)  # of the groups in this update only; the rollout's is logged
             metrics = {"loss": loss, **own}
             if place == 0:
                 metrics |= _mismatch(used, logps)
@@ -164,9 +164,9 @@ def _set_weights(groups: list[Group], aggregation: str, context: Context) -> Non
         ended = [e for g in groups for e in g.ended]
         lengths = [n if e else 0 for n, e in zip(lengths, ended, strict=True)]
     owner = [i for i, g in enumerate(groups) for _ in g.responses]
-    # LUSPO weighs a sequence by its length, undivided.
-    max_length = 1 if context.stage.loss_type == "luspo" else context.config.max_completion_length
-    flat = token_weights(aggregation, torch.tensor(lengths), groups=torch.tensor(owner), max_length=max_length)
+    flat = token_weights(
+        aggregation, torch.tensor(lengths), groups=torch.tensor(owner), max_length=context.config.max_completion_length
+    )
     pieces = iter(flat.split(lengths))
     for group in groups:
         group.weights = []
