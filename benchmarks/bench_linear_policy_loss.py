@@ -6,15 +6,17 @@
 Cases: `full` every sequence has an advantage, `half_zero` every second one has none, `grpo` rewards of ragged groups
 to gradients, `advantage` 100,000 ragged groups of rewards, `logprobs` scores and entropies without gradient, `kl` the
 exact KL(policy ‖ reference) with the policy's gradient. torch_lce and cce know the plain likelihood only: in `full`
-they run that, which is the same matrix work, and their error is compared with eager's on it.
+they run that, which is the same matrix work, and their error is compared with eager's on it; cce on CUDA only.
 The floor is the bare matrix products at the row counts that the case needs (of `full` for `advantage`), each with fresh
-outputs, as autograd makes them; floor_reused writes into outputs that exist. Repeats are interleaved, so that a noisy
+outputs, as autograd makes them; floor_reused writes into outputs that exist. In `grpo` and `advantage` the row `full`
+is our policy loss on the same tokens, with the advantages given. Repeats are interleaved, so that a noisy
 machine is noisy for everyone; times are medians with 20 % and 80 % quantiles, floor_ratio is to `floor`; peak_mib is
 what a call adds to the memory in use; error_ratio is the error of the results (dX and dW, scores, advantages) against
 fp64 over that of eager PyTorch in the same dtype.
---memory: the peak of one call beyond inputs and dX over N, each in a fresh process. --growth: floor_ratio over N and
-chunk_rows. --bandwidth: the row kernels beside a copy.
-Writes benchmarks/results/linear_policy_loss[_memory|_growth|_bandwidth][_cuda].csv.
+--memory: the peak of one call beyond inputs and dX over N, each in a fresh process; expected_mib is one chunk of logits
+and dW, in the dtype for one chunk and in fp32 for several. --growth: floor_ratio over N and chunk_rows. --bandwidth:
+the row kernels beside a copy.
+Writes benchmarks/results/linear_policy_loss[_memory|_growth|_bandwidth][_cuda][_quick].csv once all is measured.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from measure import LEAST, ROOT, Memory, free_bytes, interleaved, origin, write
-from rivals import CASES, EPSILON, FORMS, PLAIN, PROVIDERS, Problem, floors, missing, softmax_logp, truth
+from measure import LEAST, SLOW, Memory, free_bytes, interleaved, origin, result_file, write
+from rivals import CASES, EPSILON, FORMS, PLAIN, PROVIDERS, Problem, softmax_logp, truth, unavailable, yardsticks
 
 from cosmo_fast.objectives import grpo
 from cosmo_fast.ops import linear_policy_loss, vocab_stats
@@ -36,7 +38,7 @@ OP = "linear_policy_loss"
 COLUMNS = (
     "op case provider n d v dtype device ms_p20 ms_p50 ms_p80 floor_ratio peak_mib error_ratio torch commit".split()
 )
-MEMORY_COLUMNS = "op case provider n d v dtype device chunk_rows peak_mib growth torch commit".split()
+MEMORY_COLUMNS = "op case provider n d v dtype device chunk_rows peak_mib expected_mib growth torch commit".split()
 GROWTH_COLUMNS = (
     "op case provider n d v dtype device chunk_rows chunks ms_p20 ms_p50 ms_p80 floor_ratio torch commit".split()
 )
@@ -64,13 +66,14 @@ def _errors(problem: Problem, steps: dict) -> dict[str, float]:
 
 
 def measure(problem: Problem, names: list[str], repeats: int, device: str) -> list[dict]:
-    """One row a provider, the floors first; of a provider's forms the faster one."""
+    """One row a provider, the yardsticks first; of a provider's forms the faster one."""
     torch._dynamo.reset()  # or a later size would meet the limit of recompilations and run eagerly, without a word
     steps = {name: make(problem) for name, make in FORMS[problem.case].items() if name.split(" (")[0] in names}
     errors = _errors(problem, steps)
-    runs = {**floors(problem), **steps}
-    for name in ("floor", "floor_reused"):
-        runs[name]()
+    beside = yardsticks(problem)
+    for run in beside.values():
+        run()
+    runs = {**beside, **steps}
     memory = {name: Memory(device).of(run) for name, run in runs.items()}
     times = interleaved(runs, repeats, device)
     fastest: dict[str, str] = {}
@@ -80,8 +83,8 @@ def measure(problem: Problem, names: list[str], repeats: int, device: str) -> li
             fastest[owner] = name
     rows = []
     for owner, name in fastest.items():
-        beside = "eager's plain likelihood" if owner in PLAIN else fastest.get("eager")
-        ratio = errors[name] / errors[beside] if name in errors and beside else float("nan")
+        eager = "eager's plain likelihood" if owner in PLAIN else fastest.get("eager")
+        ratio = errors[name] / errors[eager] if name in errors and eager else float("nan")
         floor_ratio = times[name]["ms_p50"] / times["floor"]["ms_p50"]
         figures = {"floor_ratio": floor_ratio, "peak_mib": memory[name], "error_ratio": ratio}
         rows.append({"provider": owner, **times[name], **figures})
@@ -121,6 +124,12 @@ def _peak(provider: str, n: int, d: int, v: int, dtype: str, device: str, chunk_
     return Memory(device).of(step(problem)) - problem.hidden.nbytes / 2**20
 
 
+def _expected(n: int, d: int, v: int, dtype: str, chunk_rows: int) -> float:
+    """MiB that ours should add: the largest chunk of logits, and dW, which several chunks sum in fp32."""
+    chunks, itemsize = -(-n // chunk_rows), getattr(torch, dtype).itemsize
+    return v * (-(-n // chunks) * itemsize + d * (itemsize if chunks == 1 else 4)) / 2**20
+
+
 def memory(options) -> Iterator[dict]:
     """Peak memory over N: ours, and eager PyTorch (the leaner of its forms) where it fits."""
     about = origin(options.device)
@@ -142,8 +151,11 @@ def memory(options) -> Iterator[dict]:
             peak = min(peaks)
             first = first or peak
             row = {"op": OP, "case": "memory", "provider": provider, "n": n, "d": d, "v": v, "dtype": dtype, **about}
-            print(f"{provider:<12}{dtype:<10}N {n:<8}{peak:>10.1f} MiB{peak / first:>8.3f} × the first", flush=True)
-            yield row | {"chunk_rows": options.chunk_rows, "peak_mib": peak, "growth": peak / first}
+            expected = _expected(n, d, v, dtype, options.chunk_rows) if provider == "cosmo_fast" else float("nan")
+            print(f"{provider:<12}{dtype:<10}N {n:<8}{peak:>10.1f} MiB, expected {expected:>7.1f}", end="")
+            print(f"{peak / first:>8.3f} × the first", flush=True)
+            figures = {"peak_mib": peak, "expected_mib": expected, "growth": peak / first}
+            yield row | {"chunk_rows": options.chunk_rows, **figures}
 
 
 def growth(options) -> Iterator[dict]:
@@ -152,7 +164,7 @@ def growth(options) -> Iterator[dict]:
     _, d, v = _size(options.sizes[0])
     for dtype, n in itertools.product(options.dtypes, options.growth_rows):
         problem = Problem(n, d, v, getattr(torch, dtype), options.device, "full")
-        runs = {"floor": floors(problem)["floor"]} | {size: _ours(problem, size) for size in options.growth_chunks}
+        runs = {"floor": yardsticks(problem)["floor"]} | {size: _ours(problem, size) for size in options.growth_chunks}
         for run in runs.values():
             run()
         times = interleaved(runs, options.repeats, options.device)
@@ -200,14 +212,14 @@ def _providers(options) -> list[str]:
     if options.providers is None:
         wanted = QUICK_PROVIDERS if options.quick else list(PROVIDERS)
         for name in wanted:
-            if why := missing(name):
+            if why := unavailable(name, options.device):
                 print(f"{name} is left out: {why}")
-        return [name for name in wanted if not missing(name)]
+        return [name for name in wanted if not unavailable(name, options.device)]
     names = options.providers.split(",")
     if unknown := set(names) - set(PROVIDERS):
         raise SystemExit(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
     for name in names:
-        if why := missing(name):
+        if why := unavailable(name, options.device):
             raise SystemExit(f"provider {name!r} cannot run: {why}; leave it out of --providers")
     return names
 
@@ -218,7 +230,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--providers", help="comma-separated, of " + ", ".join(PROVIDERS) + "; default: all installed")
-    parser.add_argument("--repeats", type=int, default=9, help=f"slow providers have a third, at least {LEAST}")
+    few = f"at least {LEAST}; what takes over {SLOW:g} times the floor has exactly {LEAST}"
+    parser.add_argument("--repeats", type=int, default=9, help=few)
     parser.add_argument("--quick", action="store_true", help="one small size, bf16, three repeats, nothing compiled")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--memory", action="store_true", help="peak memory over N, at d and V of the first size")
@@ -248,7 +261,7 @@ def main() -> None:
     else:
         suffix, columns, rows = "", COLUMNS, cases(options, _providers(options))
     cuda = "_cuda" if options.device == "cuda" else ""
-    write(options.output or ROOT / f"benchmarks/results/{OP}{suffix}{cuda}.csv", columns, rows)
+    write(options.output or result_file(f"{OP}{suffix}{cuda}", options.quick), columns, rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/bench_row_tolerance.py runs/demo [--groups 128] [--quick]
 
 Samples groups for questions and requests of the demo's world, rewards them, and takes the gradient of CPGD's loss by
-the head and by the hidden states with and without a `row_tolerance`. Writes benchmarks/results/row_tolerance.csv:
+the head and by the hidden states with and without a `row_tolerance`. Writes benchmarks/results/row_tolerance.csv
+(--quick: row_tolerance_quick.csv):
 rows_kept, the share of the rows with a gradient that reach the two gradient products; bound and error, the reported
 bound on ‖ΔdW‖ and the true one, over ‖dW‖ (root mean square over the draws where rows are kept by chance, with `bias`
 the norm of their mean error); products, the predicted share (1 + 2·rows_kept)/3 of the three products; ms, the time of
@@ -27,7 +28,6 @@ from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.base import Group, plan_of
 from cosmo_fast.world import ensure_world
 
-RESULTS = measure.ROOT / "benchmarks/results/row_tolerance.csv"
 SHARES = (0.0, 0.001, 0.01, 0.03, 0.1)
 GENERATIONS, DRAWS, ROWS = 8, 32, 16384
 COLUMNS = "op mode tolerance n d v rows_kept bound error bias products ms_p20 ms_p50 ms_p80 device torch commit".split()
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="16 groups, three repeats")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.groups, options.repeats = 16, 3
@@ -136,7 +136,7 @@ def main() -> None:
             print(f"{row['mode']:<8}{row['tolerance']:<8}{figures}", flush=True)
             yield row
 
-    measure.write(options.output, COLUMNS, told())
+    measure.write(options.output or measure.result_file("row_tolerance", options.quick), COLUMNS, told())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from cosmo_fast.ops import empty_cache
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = 4.0  # a call this many times longer than the shortest one is repeated less often, at least LEAST times
+SLOW = 4.0  # a call this many times longer than the first one, the yardstick, is repeated LEAST times only
 LEAST = 3
 
 
@@ -70,10 +70,13 @@ def seconds(run, device: str) -> float:
 
 
 def interleaved(runs: dict, repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """ms_p20, ms_p50, ms_p80 of every function of `runs`, called in turn; all were called before."""
+    """ms_p20, ms_p50, ms_p80 of every function of `runs`, called in turn; all were called before.
+
+    The first is the yardstick: it has all repeats, and a function that takes more than SLOW times as long has LEAST.
+    """
     times = {name: [seconds(run, device)] for name, run in runs.items()}
-    shortest = min(t[0] for t in times.values())
-    few = {name for name, t in times.items() if t[0] > SLOW * shortest}
+    yardstick = next(iter(times.values()))[0]
+    few = {name for name, t in times.items() if t[0] > SLOW * yardstick}
     for k in range(1, max(repeats, LEAST)):
         for name, run in runs.items():
             if k < LEAST or name not in few:
@@ -95,8 +98,8 @@ def origin(device: str) -> dict[str, str]:
     commit = git("rev-parse", "--short", "HEAD") or "none"
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {threads} threads"
-    dirty = "-dirty" if git("status", "--porcelain", "--", "csrc", "kernels", "cosmo_fast") else ""
-    return {"device": name, "torch": torch.__version__, "commit": commit + dirty}
+    changed = git("status", "--porcelain", "--", "csrc", "kernels", "cosmo_fast", "benchmarks/*.py")
+    return {"device": name, "torch": torch.__version__, "commit": commit + ("-dirty" if changed else "")}
 
 
 def _processor() -> str:
@@ -105,13 +108,23 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def result_file(name: str, quick: bool) -> Path:
+    """Where the figures go that no --output sends elsewhere; those of --quick beside the committed ones."""
+    return ROOT / f"benchmarks/results/{name}{'_quick' if quick else ''}.csv"
+
+
 def write(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
-    """The rows as CSV, each as soon as it is there, figures with four digits."""
+    """The rows as CSV, each as soon as it is there, figures with four digits.
+
+    Into `path`.part, renamed at the end: a run that is cut short leaves the old file, and beside it what it had.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()})
             file.flush()
+    part.replace(path)
     print(f"written: {path}")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
 PLAIN_CASES = ("full", "half_zero")
+YARDSTICKS = ("floor", "floor_reused", "full")  # rows that others are measured by
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
@@ -24,10 +25,10 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
-def _number(value: str) -> str:
-    """Short enough to read: two decimals, or two digits below a tenth."""
+def _number(value: str | float) -> str:
+    """Short enough to read: two decimals, or three digits below a tenth."""
     x = float(value)
-    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.3g}"
 
 
 def _source(row: dict) -> str:
@@ -61,21 +62,45 @@ def demo_table(paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def _ratio(row: dict, reused: dict | None) -> str:
+    """Time over the bare products with fresh outputs; in brackets over those with outputs that exist."""
+    bracket = f" ({_number(float(row['ms_p50']) / float(reused['ms_p50']))})" if reused else ""
+    return _number(row["floor_ratio"]) + bracket
+
+
+def _beside_full(cases: dict[tuple, dict[str, dict]]) -> str:
+    """A sentence on our time in `grpo` and `advantage` over that of `full` in the same run."""
+    shares: dict[str, list[str]] = {}
+    for (case, dtype, n, d, v), found in cases.items():
+        if {"full", "cosmo_fast"} <= set(found):
+            share = float(found["cosmo_fast"]["ms_p50"]) / float(found["full"]["ms_p50"])
+            figure = f"{share * 100:.3g} %" if case == "advantage" else f"{share:.3f} ×"
+            shares.setdefault(case, []).append(f"{figure} ({dtype}, {n} × {d} × {v})")
+    parts = [f"`{case}` takes {', '.join(figures)}" for case, figures in shares.items()]
+    return f"\n\nBeside the policy loss on the same tokens, in the same run: {'; '.join(parts)}." if parts else ""
+
+
 def _cases_table(rows: list[dict]) -> str:
-    """Time as a ratio to the bare products by provider, and ours beside eager in memory and error."""
+    """Time as a ratio to the bare products by provider, and ours beside eager in memory and error; "" without rows."""
+    if not rows:
+        return ""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((row["case"], row["dtype"], row["n"], row["d"], row["v"]), {})[row["provider"]] = row
-    providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "floor"]
+    providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in YARDSTICKS]
     body = []
     for (case, dtype, n, d, v), found in cases.items():
-        cells = [_number(found[p]["floor_ratio"]) if p in found else "–" for p in providers]
+        cells = [_ratio(found[p], found.get("floor_reused")) if p in found else "–" for p in providers]
         peaks = " / ".join(f"{float(found[p]['peak_mib']):.0f}" if p in found else "–" for p in ("cosmo_fast", "eager"))
         error = _number(found["cosmo_fast"]["error_ratio"]) if "cosmo_fast" in found else "–"
         body.append([f"{case}, {dtype}, {n} × {d} × {v}", *cells, peaks, error])
     head = ["case, dtype, N × d × V", *(name.replace("_", " ") for name in providers)]
     table = _markdown([*head, "peak MiB, ours / eager", "error, ours ÷ eager"], body)
-    return f"{table}\n\nTime over that of the bare matrix products, medians ({_source(rows[0])})."
+    what = (
+        "Time over that of the bare matrix products, medians: first with fresh outputs, as any autograd code makes "
+        f"them, in brackets into memory that exists already ({_source(rows[0])})."
+    )
+    return f"{table}\n\n{what}{_beside_full(cases)}"
 
 
 def loss_table(rows: list[dict]) -> str:
@@ -85,23 +110,22 @@ def loss_table(rows: list[dict]) -> str:
 
 def other_cases_table(rows: list[dict]) -> str:
     """Rewards to gradients, advantages (their share of `full`), scores without gradient, the exact KL."""
-    rows = [row for row in rows if row["case"] not in PLAIN_CASES]
-    return _cases_table(rows) if rows else ""
+    return _cases_table([row for row in rows if row["case"] not in PLAIN_CASES])
 
 
 def memory_table(rows: list[dict]) -> str:
-    """Peak MiB over N."""
-    counts = list(dict.fromkeys(row["n"] for row in rows))
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        found.setdefault((row["provider"], row["dtype"]), {})[row["n"]] = row
+    """Peak MiB over N beside what is expected of ours."""
     body = [
-        [f"{provider}, {dtype}", *(f"{float(by[n]['peak_mib']):.0f}" if n in by else "–" for n in counts)]
-        for (provider, dtype), by in found.items()
+        [row["n"], row["dtype"], row["provider"], f"{float(row['peak_mib']):.0f}", f"{float(row['expected_mib']):.0f}"]
+        for row in rows
     ]
+    table = _markdown(["N", "dtype", "provider", "peak MiB", "expected MiB"], body).replace(" nan |", " – |")
     first = rows[0]
-    what = f"Peak MiB beyond inputs and dX, d {first['d']}, V {first['v']}, chunk_rows {first['chunk_rows']}"
-    return _markdown(["peak MiB", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({_source(first)})."
+    what = (
+        f"Beyond inputs and dX, d {first['d']}, V {first['v']}, chunk_rows {first['chunk_rows']}; expected: one chunk "
+        f"of logits and dW, which is in the dtype for one chunk and in fp32 for several ({_source(first)})."
+    )
+    return f"{table}\n\n{what}"
 
 
 def growth_table(rows: list[dict]) -> str:

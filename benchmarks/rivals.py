@@ -186,15 +186,18 @@ def _divergence_ours(p: Problem):
 # --- other packages ---
 
 
-def _liger(p: Problem):
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+def _liger(chunk_size: int):
+    def make(p: Problem):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo"}
-    loss = LigerFusedLinearGRPOLoss(epsilon_low=EPSILON, epsilon_high=EPSILON, **options)
-    shape = (SEQUENCES, len(p.targets) // SEQUENCES)
-    targets, old, mask = p.targets.view(shape), p.old_logp.view(shape), torch.ones(shape, device=p.targets.device)
-    arguments = (p.weight, targets, mask, p.sequence_advantage)
-    return p.backward(lambda: loss(p.hidden.view(*shape, -1), *arguments, old_per_token_logps=old)[0])
+        options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "chunk_size": chunk_size}
+        loss = LigerFusedLinearGRPOLoss(epsilon_low=EPSILON, epsilon_high=EPSILON, **options)
+        shape = (SEQUENCES, len(p.targets) // SEQUENCES)
+        targets, old, mask = p.targets.view(shape), p.old_logp.view(shape), torch.ones(shape, device=p.targets.device)
+        arguments = (p.weight, targets, mask, p.sequence_advantage)
+        return p.backward(lambda: loss(p.hidden.view(*shape, -1), *arguments, old_per_token_logps=old)[0])
+
+    return make
 
 
 def _liger_kl(p: Problem):
@@ -221,8 +224,7 @@ def _torch_lce(options):
 def _cce(p: Problem):
     from cut_cross_entropy import linear_cross_entropy
 
-    impl = "cce" if p.hidden.device.type == "cuda" else "torch_compile"
-    return p.backward(lambda: linear_cross_entropy(p.hidden, p.weight, p.targets, impl=impl))
+    return p.backward(lambda: linear_cross_entropy(p.hidden, p.weight, p.targets, impl="cce"))
 
 
 _EAGER = {"eager": _policy(softmax_logp), "eager (logsumexp)": _policy(_logsumexp_logp)}
@@ -230,7 +232,8 @@ _POLICY = {
     "cosmo_fast": _policy_ours,
     **_EAGER,
     "compile": _compiled(_policy, softmax_logp),
-    "liger": _liger,
+    "liger": _liger(1),  # its default, one sequence a chunk
+    "liger (one chunk)": _liger(SEQUENCES),
     "trl": lambda p: p.backward(lambda: p.loss(_trl_logp(p, ())[0])),
 }
 FORMS = {
@@ -269,11 +272,13 @@ CASES = tuple(FORMS)
 PROVIDERS = tuple(dict.fromkeys(name.split(" (")[0] for forms in FORMS.values() for name in forms))
 
 
-def missing(provider: str) -> str | None:
-    """Why a provider cannot run here; None if it can."""
+def unavailable(provider: str, device: str) -> str | None:
+    """Why a provider cannot run on this device here; None if it can."""
     package = PACKAGES.get(provider)
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install -r requirements-bench.txt)"
+    if provider == "cce" and device != "cuda":
+        return f"its kernels need CUDA; on {device} it is torch.compile of F.cross_entropy, not cut cross-entropy"
     if provider == "torch_lce" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy"
     return None
@@ -282,8 +287,11 @@ def missing(provider: str) -> str | None:
 # --- floors and truth ---
 
 
-def floors(p: Problem) -> dict:
-    """The bare matrix products of a case: with fresh outputs, as autograd makes them, and with outputs that exist."""
+def yardsticks(p: Problem) -> dict:
+    """The bare matrix products of a case: with fresh outputs, as autograd makes them, and with outputs that exist.
+
+    `grpo` and `advantage` have also `full`: our policy loss on the same tokens, with the advantages given.
+    """
     hidden, weight, active = p.hidden.detach(), p.weight.detach(), slice(p.active)
     heads = [(hidden, weight), *([(p.ref_hidden, p.ref_weight)] if p.case == "kl" else [])]
 
@@ -301,7 +309,8 @@ def floors(p: Problem) -> dict:
             torch.mm(kept[0][active], weight, out=dx)
             torch.mm(kept[0][active].t(), hidden[active], out=dw)
 
-    return {"floor": fresh, "floor_reused": reused}
+    full = {"full": _policy_ours(p)} if p.case in ("grpo", "advantage") else {}
+    return {"floor": fresh, "floor_reused": reused, **full}
 
 
 def truth(p: Problem, plain: bool = False) -> tuple[Tensor, ...]:

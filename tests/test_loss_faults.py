@@ -195,8 +195,22 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def two_ranks(tmp_path, monkeypatch):
+    """A process group of this process alone, which says that it has two ranks: whoever reduces over ranks, does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_number_of_operations_does_not_depend_on_the_number_of_sequences(level):
+def test_no_collective_is_issued_and_as_many_operations_for_48_sequences_as_for_2(two_ranks, level):
+    with _Calls() as control:
+        torch.distributed.all_reduce(torch.ones(1))
+    assert any("c10d" in name for name in control.names)  # a collective would be seen
     seen = []
     for lengths in ([48, 48], [2] * 48):
         hidden, weight, batch = _case(lengths)
