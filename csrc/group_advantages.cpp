@@ -60,19 +60,18 @@ template <bool kOrdered, class T>
 int64_t one_group(const Groups<T>& a, int64_t start, Totals& totals) {
   auto at = [&](int64_t k) { return kOrdered ? a.order[k] : k; };
   const int64_t id = a.ids[at(start)];
-  int64_t end = start + 1;
-  while (end < a.n && a.ids[at(end)] == id) ++end;
-  int64_t k = start;
-  while (k < end - 1 && a.rewards[at(k)] != a.rewards[at(k)]) ++k;
-  const double first = a.rewards[at(k)];  // NaN where none is known
-  double known = 0, sum = 0, square = 0, different = 0;
-  for (; k < end; ++k) {
-    const double reward = a.rewards[at(k)], difference = reward == reward ? reward - first : 0.0;
+  // One loop for the end and the sums: a mispredicted exit costs as much as a small group's arithmetic.
+  int64_t end = start, k;
+  double first = a.rewards[at(start)], known = 0, sum = 0, square = 0, different = 0;  // first: NaN where none is known
+  do {
+    const double reward = a.rewards[at(end)];
+    first = first == first ? first : reward;
+    const double difference = reward == reward ? reward - first : 0.0;
     known += reward == reward ? 1.0 : 0.0;
     different += reward == reward && reward != first ? 1.0 : 0.0;
     sum += difference;
     square += difference * difference;
-  }
+  } while (++end < a.n && a.ids[at(end)] == id);
   totals.sorted &= end == a.n || a.ids[at(end)] > id;
   totals.groups += known > 0;
   if (different == 0) {
