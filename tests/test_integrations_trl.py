@@ -11,12 +11,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 import tiny  # noqa: E402
+from flops import Flops  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from cosmo_fast.integrations import CosmoFastGRPOMixin, CosmoFastGRPOTrainer  # noqa: E402
@@ -132,6 +132,8 @@ def run_two_ranks(folder):
         runs = [_train(build(c, ddp_backend="gloo", **options)) for c in (trl.GRPOTrainer, CosmoFastGRPOTrainer)]
         assert torch.distributed.get_world_size() == 2
         _assert_same_runs(*runs[0], *runs[1])
+    with pytest.raises(ValueError, match="top_entropy_quantile=0.4 with 2 processes"):
+        build(CosmoFastGRPOTrainer, ddp_backend="gloo", top_entropy_quantile=0.4)
 
 
 def test_two_processes_train_like_those_of_trl(tmp_path):
@@ -217,11 +219,13 @@ OPTIONS = {
     "entropy mask": {"top_entropy_quantile": 0.4, "entropy_coef": 0.05, "beta": 0.1},
     "off-policy mask": {"off_policy_mask_threshold": 0.02, "beta": 0.1},
     "sampler": {"beta": 0.1, "off_policy_mask_threshold": 0.02},
+    "sampler by sequence": {"beta": 0.1},
     "tools": {"beta": 0.1, "entropy_coef": 0.05},
     "advantage by token": {},
     "evaluation": {"beta": 0.1},
 }
-EVERY = ("on policy", "off policy", "sequence", "off-policy mask", "sampler", "evaluation")  # the rest with fewer types
+# The rest with fewer types.
+EVERY = ("on policy", "off policy", "sequence", "off-policy mask", "sampler", "sampler by sequence", "evaluation")
 
 
 @pytest.mark.parametrize(
@@ -238,12 +242,15 @@ def test_a_loss_its_gradient_and_metrics_equal_those_of_trl(build, name, loss_ty
     inputs = _inputs(trainer)
     if name == "on policy":
         del inputs["old_per_token_logps"], inputs["ref_per_token_logps"]
-    if name != "sampler":
+    if "sampler" not in name:
         del inputs["sampling_per_token_logps"]
     else:
-        trainer.use_vllm = True  # as if vLLM had sampled: TRL hands over a ratio by token, 1 under the mask
+        trainer.use_vllm = True  # as if vLLM had sampled: TRL hands over a ratio by token, 1 under the mask ...
         gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]) * inputs["completion_mask"]
         inputs["importance_sampling_ratio"] = gap.exp().clamp(0.8, 1.3)
+        if name == "sampler by sequence":  # ... or by default "sequence_mask", 0 for a sequence that is too far off
+            ratio = gap.sum(1, keepdim=True).exp()
+            inputs["importance_sampling_ratio"] = ratio.where(ratio < ratio.max(), 0.0)
     if name == "tools":
         inputs["tool_mask"] = (torch.arange(6) != 2).long().expand(4, 6)
     if name == "advantage by token":
@@ -314,20 +321,13 @@ def test_lora_trains_as_in_trl_and_prompt_tuning_is_refused(build):
         build(CosmoFastGRPOTrainer, peft_config=prompt)
 
 
-class Gemms(TorchDispatchMode):
-    """Multiply-adds of the products that have a vocabulary in them, in units of one for each counted token."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.unit, self.total = rows * V * SIZES["hidden_size"], 0.0
+class HeadFlops(Flops):
+    """Those of the products that have a vocabulary in them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Counts and passes on."""
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:] if name == "mm" else args[1:3]
-            if V in (*a.shape, *b.shape):
-                self.total += a.shape[0] * a.shape[1] * b.shape[1] / self.unit
+        if any(isinstance(x, torch.Tensor) and V in x.shape for x in args):
+            return super().__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -337,18 +337,21 @@ def test_three_products_of_the_head_where_trl_has_four(build):
     inputs["completion_mask"] = torch.ones(4, 6, dtype=torch.long)
     counts = []
     for compute_loss in (trainer._compute_loss, trl.GRPOTrainer._compute_loss.__get__(trainer)):
-        with Gemms(4 * 6) as gemms:
+        with HeadFlops(4 * 6, V, SIZES["hidden_size"]) as count:
             _one_loss(trainer, inputs, compute_loss)
-        counts.append(gemms.total)
+        counts.append(count.total)
     assert counts[0] == pytest.approx(3) and counts[1] >= 4
 
 
-def test_a_loss_that_trl_would_not_have_is_an_error(build):
-    class Louder(trl.GRPOTrainer):
+@pytest.mark.parametrize("factor", [2.0, torch.nan])
+def test_a_loss_that_trl_would_not_have_is_an_error(build, factor):
+    class Wrong(trl.GRPOTrainer):
         def _compute_loss(self, model, inputs):
-            return 2 * super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            self._policy_loss = factor * self._policy_loss
+            return loss
 
-    class Mixed(CosmoFastGRPOMixin, Louder):
+    class Mixed(CosmoFastGRPOMixin, Wrong):
         pass
 
     trainer = build(Mixed)

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from cosmo_fast.integrations.padded import CLIPPED, loss_scale, padded_objective, padded_tokens, scaled
+from cosmo_fast.integrations.padded import (
+    CLIPPED,
+    correction,
+    loss_scale,
+    padded_objective,
+    padded_tokens,
+    product_dtype,
+    scaled,
+)
 from cosmo_fast.ops import linear_logprobs, linear_policy_loss
 
 
@@ -12,10 +20,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     Every argument has Liger's meaning; `compiled` and `chunk_size` (sequences at a time) change no result there and do
     nothing here, where nothing is compiled and memory is bounded by `chunk_rows` tokens. The loss and the metrics have
-    fp32 (fp64 for fp64 hidden states, which Liger rounds to fp32 logits). What differs, on purpose:
-    nothing under the mask is read; a log-ratio above 20 counts as 20; and a ValueError refuses what the losses here
-    refuse (such as delta <= 1 + epsilon_high), cispo, sapo, vespo at the sequence level (as Liger does), a vespo ratio
-    by sequence, and luspo with losses that differ by token over padded rows, where Liger 0.8.5 counts the padding.
+    fp32 (fp64 for fp64 hidden states, which Liger rounds to fp32 logits). Under autocast the products have its dtype.
+    What differs, on purpose: nothing under the mask is read; a log-ratio above 20 counts as 20; and a ValueError
+    refuses fp16, what the losses here refuse (such as delta <= 1 + epsilon_high), cispo, sapo, vespo at the sequence
+    level (as Liger does), and luspo with losses that differ by token over padded rows, where Liger 0.8.5 counts the
+    padding.
     """
 
     chunk_rows = 4096
@@ -45,6 +54,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         super().__init__()
         if loss_type == "dr_grpo" and not max_completion_length:
             raise ValueError(f"loss_type 'dr_grpo' needs a positive max_completion_length, got {max_completion_length}")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "delta"):  # for every loss_type, as Liger
+            if given[name] is not None and not given[name] > 0:
+                raise ValueError(f"{name} must be positive, got {given[name]}")
         for name, value in given.items():
             setattr(self, name, value)
         self._objective()
@@ -80,10 +92,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, metrics), metrics = (KL, share of clipped tokens), without the KL for beta 0.
 
-        _input, ref_input: (B, T, d). lin_weight, ref_weight: (V, d), cast to the dtype of the hidden states. ids, mask
-        (0 or 1) and log-probs: (B, T). advantages: (B,). vllm_is_ratio: (B, T), (B, 1) or (B,). The loss is
-        differentiable by _input, lin_weight and bias. 3 GEMMs, and 1 without gradient for ref_input where beta is not 0
-        and no ref_per_token_logps are given.
+        _input, ref_input: (B, T, d). lin_weight, ref_weight (V, d) and the biases (V,) are cast to the dtype of the
+        hidden states or of autocast: fp32, bf16 or fp64. ids, mask (0 or 1) and log-probs: (B, T). advantages: (B,).
+        vllm_is_ratio: (B, T), (B, 1) or (B,). The loss is differentiable by _input, lin_weight and bias. 3 GEMMs, and 1
+        without gradient for ref_input where beta is not 0 and no ref_per_token_logps are given.
         """
         mask = attention_mask
         if mask.is_floating_point() and not ((mask == 0) | (mask == 1)).all():
@@ -98,14 +110,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             advantage=advantages[:, None],
             old_logp=old_per_token_logps,
             ref_logp=self._ref_logps(selected_token_ids, ref_per_token_logps, ref_input, ref_weight, ref_bias),
-            correction=ratio,
+            correction=correction(self.loss_type, ratio, mask),
         )
+        dtype = product_dtype(_input)
         output = linear_policy_loss(
-            _input.reshape(len(tokens), -1),
-            lin_weight.to(_input.dtype),
+            _input.reshape(len(tokens), -1).to(dtype),
+            lin_weight.to(dtype),
             tokens,
             scaled(self._objective()),
-            bias=None if bias is None else bias.to(_input.dtype),
+            bias=None if bias is None else bias.to(dtype),
             temperature=self.temperature,
             chunk_rows=self.chunk_rows,
         )
@@ -127,10 +140,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "without a reference set beta=0.0 or use_ref_model=False"
             )
         with torch.no_grad():
-            dtype, flat = hidden.dtype, hidden.reshape(ids.numel(), -1)
+            dtype, flat = product_dtype(hidden), hidden.reshape(ids.numel(), -1)
             bias = None if bias is None else bias.to(dtype)
             options = {"bias": bias, "temperature": self.temperature, "chunk_rows": self.chunk_rows}
-            return linear_logprobs(flat, weight.to(dtype), ids.reshape(-1), **options)[0].view_as(ids)
+            return linear_logprobs(flat.to(dtype), weight.to(dtype), ids.reshape(-1), **options)[0].view_as(ids)
 
     def _ratio(self, ratio: Tensor | None, mask: Tensor) -> Tensor | None:
         if ratio is None:
@@ -139,8 +152,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         shape = tuple(ratio.shape)
         if shape not in ((rows, length), (rows, 1), (rows,)):
             raise ValueError(f"vllm_is_ratio must be {(rows, length)}, {(rows, 1)} or {(rows,)}, got {shape}")
-        if self.loss_type == "vespo" and shape != (rows, length):
-            raise ValueError(f"loss_type 'vespo' needs a vllm_is_ratio by token, {(rows, length)}, got {shape}")
         return ratio.view(rows, -1)
 
     def _check_luspo(self, mask: Tensor, ratio: Tensor | None) -> None:

@@ -47,6 +47,22 @@ def loss_scale(loss_type: str, mask: Tensor, max_completion_length: int | None, 
     return one / (rows if loss_type == "luspo" else tokens)
 
 
+def correction(loss_type: str, ratio: Tensor | None, mask: Tensor) -> Tensor | None:
+    """`ratio` of policy and sampler, (B, T) or (B, 1), as a TokenBatch has it. vespo multiplies it over the sequence:
+    that of a whole one then stands at its first counted token only. mask: (B, T).
+    """
+    if loss_type != "vespo" or ratio is None or ratio.shape[1] == mask.shape[1]:
+        return ratio
+    return torch.where((mask.cumsum(1) == 1) & (mask != 0), ratio, 1.0)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which `x` is multiplied here: autocast's where that is on, which leaves fp64 alone."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def padded_objective(
     loss_type: str,
     importance_sampling_level: str,

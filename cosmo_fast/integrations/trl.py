@@ -16,7 +16,15 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
-from cosmo_fast.integrations.padded import PaddedTokens, loss_scale, padded_objective, padded_tokens, scaled
+from cosmo_fast.integrations.padded import (
+    PaddedTokens,
+    correction,
+    loss_scale,
+    padded_objective,
+    padded_tokens,
+    product_dtype,
+    scaled,
+)
 from cosmo_fast.objectives import Objective, sequence_mean
 from cosmo_fast.ops import linear_policy_loss
 
@@ -57,6 +65,11 @@ class CosmoFastGRPOMixin:
             f"fsdp={args.fsdp!r}": (self.is_fsdp_enabled, "it shards the head: train with DDP"),
             f"deepspeed={args.deepspeed!r}": (self.is_deepspeed_enabled, "untested with this loss: train with DDP"),
             f"router_aux_loss_coef={self.router_aux_loss_coef}": (self.aux_loss_enabled, "set it to 0.0"),
+            f"top_entropy_quantile={self.top_entropy_quantile} with {self.accelerator.num_processes} processes": (
+                self.top_entropy_quantile < 1 < self.accelerator.num_processes,
+                "its threshold is gathered from all of them, and a wholly masked micro-batch would not join in: set it "
+                "to 1.0",
+            ),
             f"peft_config={peft}": (
                 peft is not None and peft.is_prompt_learning,
                 "prompt learning adds tokens of its own: use LoRA",
@@ -94,8 +107,8 @@ class CosmoFastGRPOMixin:
         finally:
             self._scored_inputs = self._policy_loss = None
         ours, theirs = loss.item(), theirs.item()
-        # Log-ratios above 20 count as 20 here and may make a loss differ, but only a huge one.
-        if abs(theirs) < 1e3 and abs(ours - theirs) > 1e-3 * max(1.0, abs(theirs)):
+        # Log-ratios above 20 count as 20 here and may make a loss differ, but only a huge one. NaN is an error.
+        if abs(theirs) < 1e3 and not abs(ours - theirs) <= 1e-3 * max(1.0, abs(theirs)):
             raise RuntimeError(f"the loss is {ours}, TRL computes {theirs}: please report this with your GRPOConfig")
         return loss
 
@@ -107,9 +120,7 @@ class CosmoFastGRPOMixin:
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         tokens, loss = self._tokens_and_loss(ids, mask, inputs)
-        device = last_hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else last_hidden.dtype
-        dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else dtype
+        dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else product_dtype(last_hidden)
         output = linear_policy_loss(
             last_hidden[:, -ids.shape[1] - 1 : -1].reshape(len(tokens), -1).to(dtype),
             head.weight.to(dtype),
@@ -146,7 +157,7 @@ class CosmoFastGRPOMixin:
             advantage=advantages if advantages.dim() == 2 else advantages[:, None],
             old_logp=old,
             ref_logp=inputs.get("ref_per_token_logps"),
-            correction=inputs.get("importance_sampling_ratio"),
+            correction=correction(self.loss_type, inputs.get("importance_sampling_ratio"), mask),
             sampling_logp=None if threshold is None else inputs.get("sampling_per_token_logps", old),
         )
         inner = scaled(self._objective())
