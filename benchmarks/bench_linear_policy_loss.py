@@ -45,7 +45,8 @@ GROWTH_COLUMNS = (
 BANDWIDTH_COLUMNS = "op case provider n v dtype device ms_p20 ms_p50 ms_p80 gb_per_s copy_ratio torch commit".split()
 GROWTH_CHUNKS = (4096, 1024)
 QUICK = {"sizes": ["256,256,8192"], "dtypes": ["bfloat16"], "repeats": 3}
-QUICK_PROVIDERS = [name for name in PROVIDERS if name not in ("compile", "liger", "cce")]  # those compile for minutes
+SLOW_TO_COMPILE = ("compile", "liger", "liger_one_chunk", "cce")  # minutes
+QUICK_PROVIDERS = [name for name in PROVIDERS if name not in SLOW_TO_COMPILE]
 
 
 def _error(got: tuple, expected: tuple) -> float:
@@ -94,7 +95,7 @@ def measure(problem: Problem, names: list[str], repeats: int, device: str) -> li
 def cases(options, names: list[str]) -> Iterator[dict]:
     """The table of every case, size, dtype and provider."""
     about = origin(options.device)
-    print(f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<14}", end="")
+    print(f"{'case':<10}{'n,d,v':<18}{'dtype':<10}{'provider':<17}", end="")
     print(f"{'ms':>9}{'÷ floor':>9}{'peak MiB':>10}{'error ÷ eager':>15}")
     for size, dtype, case in itertools.product(options.sizes, options.dtypes, options.cases):
         n, d, v = _size(size)
@@ -103,7 +104,7 @@ def cases(options, names: list[str]) -> Iterator[dict]:
             figures = (
                 f"{row['ms_p50']:>9.2f}{row['floor_ratio']:>9.3f}{row['peak_mib']:>10.0f}{row['error_ratio']:>15.2f}"
             )
-            print(f"{case:<10}{size:<18}{dtype:<10}{row['provider']:<14}{figures}", flush=True)
+            print(f"{case:<10}{size:<18}{dtype:<10}{row['provider']:<17}{figures}", flush=True)
             yield {"op": OP, "case": case, "n": n, "d": d, "v": v, "dtype": dtype, **about, **row}
 
 

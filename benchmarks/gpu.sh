@@ -43,6 +43,7 @@ for name in liger trl cce; do
   if timeout --kill-after=5 25 "$PYTHON" "$BENCH" --dtypes bfloat16 --sizes 64,64,512 --cases full --repeats 3 \
     --providers "cosmo_fast,$name" --output "$probe"; then
     providers="$providers,$name"
+    [ "$name" = liger ] && providers="$providers,liger_one_chunk"
   else
     echo "gpu.sh: $name does not run here and is left out" >&2
   fi

@@ -15,7 +15,7 @@ from cosmo_fast.ops import linear_logprobs, linear_policy_loss
 from cosmo_fast.ops.grpo_loss import grpo_loss
 from cosmo_fast.ops.linear_kl import linear_kl
 
-PACKAGES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
+PACKAGES = {"liger": "liger_kernel", "liger_one_chunk": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
 PLAIN = ("torch_lce", "cce")  # they know the plain likelihood only, which is the same matrix work as `full`
 EPSILON, SEQUENCES, RAGGED = 0.2, 8, (3, 5, 2, 6)  # eight equal sequences; or 16 ragged ones in four ragged groups
 GROUPS, GROUP_SIZES = 100_000, (2, 15)  # case `advantage`: groups of 2 to 14 responses, 8 on average
@@ -233,7 +233,7 @@ _POLICY = {
     **_EAGER,
     "compile": _compiled(_policy, softmax_logp),
     "liger": _liger(1),  # its default, one sequence a chunk
-    "liger (one chunk)": _liger(SEQUENCES),
+    "liger_one_chunk": _liger(SEQUENCES),
     "trl": lambda p: p.backward(lambda: p.loss(_trl_logp(p, ())[0])),
 }
 FORMS = {

@@ -18,7 +18,8 @@ COLUMNS = (
     "op case provider n d v dtype device ms_p20 ms_p50 ms_p80 floor_ratio peak_mib error_ratio torch commit".split()
 )
 TORCH_LCE = ["torch_lce"] * hasattr(torch.nn.functional, "linear_cross_entropy")
-PACKAGES = [name for name, module in (("liger", "liger_kernel"), ("trl", "trl")) if importlib.util.find_spec(module)]
+MODULES = {"liger": "liger_kernel", "liger_one_chunk": "liger_kernel", "trl": "trl"}
+PACKAGES = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
 
 
 @pytest.fixture
