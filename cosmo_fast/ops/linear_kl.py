@@ -95,8 +95,9 @@ def _forward(heads: list[LinearHead], weight: Tensor, kind: str, beta: float, ne
         for gradient, dz, rows_of in zip(gradients, logits, parts, strict=True):
             if gradient is not None:
                 gradient.add_dz(dz, rows_of, where)
+    logits = dz = None  # noqa: F841  (views of the chunks)
     for head in heads:
-        head.release()
+        head.release(keep=count == 1)
     output = KLOutput(total.to(weight.dtype), kl)
     return output, [None if gradient is None else gradient.results() for gradient in gradients]
 

@@ -149,6 +149,7 @@ def _forward(
     weight_sum = batch.weight.double().sum()
     metrics = {name: (total / weight_sum).to(wide) for name, total in sums.items() if name != _LOSS}
     loss = sums[_LOSS].to(wide) if sums else torch.zeros((), dtype=wide, device=device)
+    logits = rows = None  # noqa: F841  (views of the chunk)
     head.release(keep=pieces == 1)  # where dW is rounded next, the peak is one chunk of logits and one wide dW
     return LossOutput(loss, logp, entropy, metrics, dropped), None if gradient is None else gradient.results()
 
