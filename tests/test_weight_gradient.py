@@ -71,7 +71,7 @@ def test_dw_is_not_added_where_something_else_must_see_it():
         run(weight, after_zero_grad)
 
 
-@pytest.mark.parametrize("n", [511, 512, 700])
+@pytest.mark.parametrize("n", [127, 128, 700])
 @pytest.mark.parametrize("columns", [100, 4097])
 def test_a_turned_dw_is_the_same(n, columns):
     hidden, weight, _, batch = loss_case(n, 24, columns, torch.bfloat16, scale=0.3)

@@ -221,7 +221,7 @@ class HeadGradient:
 
 
 # From this many rows on a bf16 dW on a CPU is made as (rows.T @ dz).T, in blocks of columns that stay in the cache.
-_TURNED_ROWS, _TURNED_BLOCK = 512, 4096
+_TURNED_ROWS, _TURNED_BLOCK = 128, 4096
 
 
 def compacting_rows(keep: Tensor) -> Tensor | None:
