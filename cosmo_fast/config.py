@@ -33,6 +33,9 @@ LossType = Literal[
 AdvantageKind = Literal[
     "group", "batch", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "cpgd", "cale"
 ]
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "prompt-mean-token-mean"
+]
 # Settings that only some losses read. None is the loss's own default; one that the loss does not read is an error.
 LOSS_OPTIONS = (
     "epsilon epsilon_high delta dual_clip importance_sampling_level epsilon_start alpha drift_cap kl "
@@ -77,16 +80,7 @@ class StageConfig(_Strict):
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
     loss_type: LossType = "cpgd"
-    aggregation: (
-        Literal[
-            "token-mean",
-            "seq-mean-token-mean",
-            "seq-mean-token-sum",
-            "seq-mean-token-sum-norm",
-            "prompt-mean-token-mean",
-        ]
-        | None
-    ) = None  # default: as the loss's paper has it, like the advantage
+    aggregation: Aggregation | None = None  # default: as the loss's paper has it, like the advantage
     advantage: AdvantageKind | None = None
     cpgd_weighting: Literal["equal", "std", "clip_filter"] = "clip_filter"  # of advantage: cpgd
     cale_mu: float = Field(default=1.0, ge=0, le=1)  # of advantage: cale

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "check.h"
+
 namespace cosmo_fast {
 namespace {
 
@@ -311,13 +313,6 @@ template <class T, class A>
 Tensor kl(const Tensor& logits, const Tensor& other, const std::optional<Tensor>& coefficient,
           const std::optional<Tensor>& temperature, const Options& o, ScalarType dtype) {
   int64_t n = logits.size(0), columns = logits.size(1);
-  auto vector = [&](const std::optional<Tensor>& x, const char* name) -> const A* {
-    if (!x.has_value()) return nullptr;
-    bool good = x->is_cpu() && x->dim() == 1 && x->size(0) == n && x->scalar_type() == dtype;
-    STD_TORCH_CHECK(good && (n < 2 || x->stride(0) == 1), name, " must be a contiguous CPU vector of ", n,
-                    " elements, fp32 (fp64 for fp64 logits)");
-    return x->const_data_ptr<A>();
-  };
   auto side = [](const Tensor& x, double softcap, bool wanted) {
     T* data = static_cast<T*>(wanted ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr()));
     return Side<T, A>{data, x.stride(0), A(softcap), wanted};
@@ -325,19 +320,14 @@ Tensor kl(const Tensor& logits, const Tensor& other, const std::optional<Tensor>
   Tensor result = torch::stable::new_empty(logits, {n}, dtype);
   KlRows<T, A> rows{side(logits, o.softcap, o.wanted),
                     side(other, o.other_softcap, o.other_wanted),
-                    vector(coefficient, "coefficient"),
-                    vector(temperature, "temperature"),
+                    optional_vector<A>(coefficient, "coefficient", n, dtype),
+                    optional_vector<A>(temperature, "temperature", n, dtype),
                     result.mutable_data_ptr<A>(),
                     columns,
                     A(o.beta)};
   int64_t grain = std::max<int64_t>(1, 16384 / columns);
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
   return result;
-}
-
-void check_matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) > 0, name, " must be a CPU matrix (N, V) with V > 0");
-  STD_TORCH_CHECK(x.size(1) == 1 || x.stride(1) == 1, "the columns of ", name, " must be contiguous");
 }
 
 Tensor vocab_kl_cpu_(const Tensor& logits, const Tensor& other, const std::optional<Tensor>& coefficient,

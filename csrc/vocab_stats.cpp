@@ -11,6 +11,8 @@
 #include <optional>
 #include <tuple>
 
+#include "check.h"
+
 namespace cosmo_fast {
 namespace {
 
@@ -36,19 +38,6 @@ COSMO_INLINE V capped(V z, A cap, A inverse_cap) {
 template <bool kCap, class T, class A>
 COSMO_INLINE A capped_one(T z, A cap, A inverse_cap) {
   return capped<kCap>(Vector<A>{} + load(z), cap, inverse_cap)[0];
-}
-
-template <class V>
-COSMO_INLINE double sum_of(V x) {
-  double sum = 0;
-  for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) sum += double(x[i]);
-  return sum;
-}
-template <class V>
-COSMO_INLINE double max_of(V x) {
-  double max = x[0];
-  for (int i = 1; i < int(sizeof(V) / sizeof(x[0])); ++i) max = double(x[i]) > max ? double(x[i]) : max;
-  return max;
 }
 
 template <class T, class A>
@@ -299,24 +288,8 @@ void run_parallel(const Rows& rows, int64_t n) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
 }
 
-void check_vector(const Tensor& x, const char* name, int64_t n, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      x.is_cpu() && x.dim() == 1 && x.size(0) == n && x.scalar_type() == dtype && (n < 2 || x.stride(0) == 1), name,
-      " must be a contiguous CPU vector of ", n, " elements of the statistics' dtype (int64 for indices)");
-}
-
-template <class A>
-const A* optional_vector(const std::optional<Tensor>& x, const char* name, int64_t n, ScalarType dtype) {
-  if (!x.has_value()) return nullptr;
-  check_vector(*x, name, n, dtype);
-  return x->const_data_ptr<A>();
-}
-
 void check_logits(const Tensor& logits, const Tensor& targets, double softcap) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2, "logits must be a CPU matrix (N, V), got ", logits.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(logits.size(1) > 0, "logits have no columns");
-  STD_TORCH_CHECK(logits.size(1) == 1 || logits.stride(1) == 1, "the columns of the logits must be contiguous");
+  check_matrix(logits, "logits");
   STD_TORCH_CHECK(softcap >= 0, "softcap must not be negative, got ", softcap);
   check_vector(targets, "targets", logits.size(0), ScalarType::Long);
   const int64_t* t = targets.const_data_ptr<int64_t>();

@@ -101,6 +101,19 @@ COSMO_INLINE V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
+template <class V>
+COSMO_INLINE double sum_of(V x) {
+  double sum = 0;
+  for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) sum += double(x[i]);
+  return sum;
+}
+template <class V>
+COSMO_INLINE double max_of(V x) {
+  double max = x[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(x[0])); ++i) max = double(x[i]) > max ? double(x[i]) : max;
+  return max;
+}
+
 // exp(x) for x below 80 (fp32) or 700 (fp64), to 1 ulp in fp32 and 2 ulp in fp64: x = n ln 2 + r, |r| <= ln 2 / 2, a
 // polynomial in r (minimax in fp32, Cephes exp in fp64), 2^n by its bits. The result is 0 where it would be subnormal,
 // NaN for NaN and arbitrary above. x is raised to where the result becomes 0: a product of the two is finite.

@@ -2,26 +2,20 @@
 
 import itertools
 import math
-import os
 from fractions import Fraction
 from statistics import mean, stdev
 
 import pytest
 import torch
+from devices import DEVICE, INTERPRETED, compiled_only, interpret
 
 from cosmo_fast.objectives import advantages
 from cosmo_fast.objectives.advantages import KINDS
 from cosmo_fast.ops.group_advantages import SCALES, group_advantages, group_advantages_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if INTERPRETED:  # the Triton twin takes the C++ kernel's place, so that everything below runs through it
-    from cosmo_fast.kernels import group_advantages as twin
-
+twin = interpret("group_advantages", "group_advantages")
+if INTERPRETED:
     twin.BLOCK = 4  # so that groups here are longer than a block
-    _library = torch.library.Library("cosmo_fast", "IMPL")
-    _library.impl("group_advantages", twin.group_advantages, "CPU", allow_override=True)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
 
 NAN, EPSILON = math.nan, 1e-4
 IDS = {

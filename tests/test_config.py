@@ -6,8 +6,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from cosmo_fast.config import LOSS_OPTIONS, RECIPES, ConfigError, LossType, load_config
-from cosmo_fast.objectives import LOSSES
+from cosmo_fast.config import LOSS_OPTIONS, RECIPES, AdvantageKind, Aggregation, ConfigError, LossType, load_config
+from cosmo_fast.objectives import LOSSES, aggregate
+from cosmo_fast.objectives.advantages import KINDS
 
 RECIPE = {
     "output_dir": "runs/x",
@@ -112,6 +113,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
 
 
 def test_every_loss_can_be_named_in_a_recipe_and_every_option_of_one_is_a_setting():
+    assert set(get_args(AdvantageKind)) == set(KINDS) and set(get_args(Aggregation)) == set(aggregate.KINDS)
     assert set(get_args(LossType)) == LOSSES.keys() - {"sft"}
     read = {name for loss in LOSSES.values() for name in inspect.signature(loss).parameters}
     assert read == {*LOSS_OPTIONS, "beta", "entropy_coef", "reweight"}

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from devices import DEVICE
 
 from cosmo_fast.objectives import DEFAULTS, TokenBatch, advantages, objective, sequence_weights
 from cosmo_fast.ops import linear_logprobs, linear_policy_loss
 from cosmo_fast.ops.grpo_loss import grpo_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS, GROUPS = [3, 5, 0, 4, 1, 6], [8, 2, 8, 8, 2, 2]
 REWARDS = [1.0, 0.25, 0.5, 0.0, 0.75, math.nan]
 N = sum(LENGTHS)

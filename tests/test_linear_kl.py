@@ -1,23 +1,17 @@
 """Exact KL against fp64 autograd; the same body runs on the CPU, on a GPU and under Triton's interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
+from devices import DEVICE, INTERPRETED, compiled_only, interpret
 from flops import Flops
+from loss_case import assert_near
 
 from cosmo_fast.ops.linear_kl import linear_kl, linear_kl_reference
 from cosmo_fast.ops.vocab_kl import KINDS, vocab_kl_, vocab_kl_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if INTERPRETED:  # the Triton twin takes the C++ kernel's place, so that everything below runs through it
-    from cosmo_fast.kernels import vocab_kl as twin
-
-    _library = torch.library.Library("cosmo_fast", "IMPL")
-    _library.impl("vocab_kl_", twin.vocab_kl_, "CPU", allow_override=True)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
+interpret("vocab_kl", "vocab_kl_")
 bf16_rounds = pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates to bf16")
 EVERY = [(kind, 0.5) for kind in KINDS] + [("js", 0.25)]
 
@@ -44,11 +38,6 @@ def _grads(loss, leaves):
     return torch.autograd.grad(loss, [x for x in leaves if x is not None])
 
 
-def _assert_near(got, expected, tolerance=1e-12):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0))
-
-
 def _pair(n, v, dtype=torch.float32, apart=1.0, seed=0):
     """Logits of a policy and of a reference so far apart."""
     g = torch.Generator().manual_seed(seed)
@@ -73,8 +62,8 @@ def test_loss_and_six_gradients_equal_the_reference(kind, beta, options, chunk_r
     }[options]
     output = _run(linear_kl, leaves, weight, kind, beta, chunk_rows=chunk_rows, **how)
     reference = _run(linear_kl_reference, leaves, weight, kind, beta, **how)
-    _assert_near([output.loss, (output.kl * weight).sum()], [reference, reference.detach()])
-    _assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
+    assert_near([output.loss, (output.kl * weight).sum()], [reference, reference.detach()])
+    assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
     assert not output.kl.requires_grad and torch.equal(output.kl == 0, weight == 0)
 
 
@@ -82,8 +71,8 @@ def test_without_weights_and_biases_the_loss_is_the_mean():
     leaves, _ = _case()
     leaves = [*leaves[:2], None, *leaves[3:5], None]
     output, reference = (_run(f, leaves, None, "reverse") for f in (linear_kl, linear_kl_reference))
-    _assert_near([output.loss, output.kl.mean()], [reference, reference.detach()])
-    _assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
+    assert_near([output.loss, output.kl.mean()], [reference, reference.detach()])
+    assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
 
 
 @compiled_only
@@ -336,7 +325,7 @@ def test_both_sides_may_share_tensors():
     shared = (hidden, head, bias, ref_hidden, head, bias)
     output, reference = (_run(f, shared, weight, "reverse") for f in (linear_kl, linear_kl_reference))
     leaves = (hidden, head, bias, ref_hidden)
-    _assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
+    assert_near(_grads(output.loss, leaves), _grads(reference, leaves))
     same = _run(linear_kl, (hidden, head, bias, hidden, head, bias), weight, "reverse")
     assert same.loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in _grads(same.loss, leaves[:3]))
 
@@ -348,8 +337,8 @@ def test_backward_scales_accumulates_and_may_be_kept():
     kept = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
     (3 * loss).backward()
     _run(linear_kl, leaves, weight, "reverse").loss.backward()
-    _assert_near(kept, [2 * g for g in expected])
-    _assert_near([x.grad for x in leaves], [4 * g for g in expected])
+    assert_near(kept, [2 * g for g in expected])
+    assert_near([x.grad for x in leaves], [4 * g for g in expected])
 
 
 @pytest.mark.parametrize(

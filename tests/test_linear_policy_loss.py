@@ -1,10 +1,10 @@
 """The loss engine against fp64 autograd; the same body runs on the CPU, on a GPU and under Triton's interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
+from devices import DEVICE, INTERPRETED, compiled_only, interpret
 from flops import Flops
 from loss_case import assert_near as _assert_near
 from loss_case import double as _double
@@ -16,15 +16,7 @@ from cosmo_fast.objectives import Objective, cpgd, grpo, sft
 from cosmo_fast.ops import linear_logprobs, linear_logprobs_reference, linear_policy_loss
 from cosmo_fast.ops.linear_policy_loss import linear_policy_loss_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if INTERPRETED:  # the Triton twins take the C++ kernels' place, so that everything below runs through them
-    from cosmo_fast.kernels import vocab_stats as twins
-
-    _library = torch.library.Library("cosmo_fast", "IMPL")
-    _library.impl("vocab_stats", twins.vocab_stats, "CPU", allow_override=True)
-    _library.impl("vocab_grad_", twins.vocab_grad_, "CPU", allow_override=True)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
+interpret("vocab_stats", "vocab_stats", "vocab_grad_")
 
 
 def _case(*arguments, **options):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
+from loss_case import grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmo_fast.objectives import TokenBatch, grpo, sft, token_weights
@@ -21,7 +23,6 @@ from cosmo_fast.ops import linear_logprobs, linear_policy_loss
 from cosmo_fast.ops.linear_policy_loss import linear_policy_loss_reference
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _case(lengths, d=8, v=11, dtype=torch.float64, seed=0):
@@ -37,10 +38,6 @@ def _case(lengths, d=8, v=11, dtype=torch.float64, seed=0):
     return hidden, weight, TokenBatch(targets, torch.full((n,), 1 / n, device=DEVICE), sequence, advantage, old)
 
 
-def _gradients(loss, *leaves):
-    return torch.autograd.grad(loss, leaves)
-
-
 def _subprocess(source, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -52,7 +49,7 @@ def test_the_error_of_a_bf16_dw_is_flat_in_the_number_of_chunks():
     hidden, weight, batch = _case([256] * 2, d=16, v=48, dtype=torch.bfloat16)
     truth = _case([256] * 2, d=16, v=48, dtype=torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in truth[:2]]
-    (expected,) = _gradients(linear_policy_loss_reference(*wide, batch, sft()), wide[1])
+    (expected,) = grads(linear_policy_loss_reference(*wide, batch, sft()), wide[1])
 
     def error(dw):
         return ((dw.double() - expected).norm() / expected.norm()).item()
@@ -60,11 +57,11 @@ def test_the_error_of_a_bf16_dw_is_flat_in_the_number_of_chunks():
     errors = {}
     for rows in (512, 64, 4):
         loss = linear_policy_loss(hidden, weight, batch, sft(), chunk_rows=rows).loss
-        errors[rows] = error(_gradients(loss, weight)[0])
+        errors[rows] = error(grads(loss, weight)[0])
     rounded = torch.zeros_like(weight)
     for a in range(0, 512, 4):  # the fault: a running sum in bf16
         part = batch.select(slice(a, a + 4))
-        rounded += _gradients(linear_policy_loss(hidden[a : a + 4], weight, part, sft()).loss, weight)[0]
+        rounded += grads(linear_policy_loss(hidden[a : a + 4], weight, part, sft()).loss, weight)[0]
     assert max(errors.values()) <= 1.5 * errors[512] < error(rounded) / 2, (errors, error(rounded))
 
 
@@ -95,9 +92,9 @@ def test_denominators_are_global_under_accumulation_and_truncation_masks(kind):
     edges = [0, 5, 9, 19, 24]  # micro-batches of whole sequences, one of them all masked
     parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     split = sum(linear_policy_loss(hidden[p], weight, batch.select(p), grpo()).loss for p in parts)
-    truth = [expected, *_gradients(expected, hidden, weight)]
+    truth = [expected, *grads(expected, hidden, weight)]
     for loss in (whole, split):
-        for got, t in zip([loss, *_gradients(loss, hidden, weight)], truth, strict=True):
+        for got, t in zip([loss, *grads(loss, hidden, weight)], truth, strict=True):
             torch.testing.assert_close(got, t, rtol=1e-6, atol=1e-7)  # the weights are fp32
 
 
@@ -121,11 +118,11 @@ print("reached")
     assert _subprocess(source, TRITON_INTERPRET="1") == "reached\n"
 
 
-def test_more_rows_than_65535_go_through_loss_and_gradients():
+def test_more_rows_than_65535_go_through_loss_andgrads():
     hidden, weight, batch = _case([35_000] * 2, d=2, v=3, dtype=torch.float32)
     got = linear_policy_loss(hidden, weight, batch, grpo(), chunk_rows=70_000).loss
     expected = linear_policy_loss_reference(hidden, weight, batch, grpo())
-    for a, b in zip(_gradients(got, hidden, weight), _gradients(expected, hidden, weight), strict=True):
+    for a, b in zip(grads(got, hidden, weight), grads(expected, hidden, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -159,13 +156,13 @@ def test_a_ratio_exactly_at_the_clip_bound_has_its_gradient_whole_or_not_at_all(
     assert ratio in (1 - epsilon, 1 + epsilon)
     loss = linear_policy_loss(hidden, weight, batch, grpo(epsilon)).loss
     assert loss == -ratio * advantage
-    whole = _gradients(-ratio * advantage * logp.sum(), hidden, weight)
-    for got, expected in zip(_gradients(loss, hidden, weight), whole, strict=True):
+    whole = grads(-ratio * advantage * logp.sum(), hidden, weight)
+    for got, expected in zip(grads(loss, hidden, weight), whole, strict=True):
         share = (got.norm() / expected.norm()).item()
         assert share == 0 or share == pytest.approx(1, abs=1e-9)
 
 
-def test_a_token_of_log_probability_minus_1e_12_keeps_it_and_its_gradients():
+def test_a_token_of_log_probability_minus_1e_12_keeps_it_and_itsgrads():
     gap = math.log(3e12)  # three other columns with e^-gap each
     hidden = torch.tensor([[gap]], device=DEVICE).requires_grad_()
     weight = torch.tensor([[0.0], [1.0], [0.0], [0.0]], device=DEVICE).requires_grad_()
@@ -177,7 +174,7 @@ def test_a_token_of_log_probability_minus_1e_12_keeps_it_and_its_gradients():
     output = linear_policy_loss(hidden, weight, batch, sft())
     assert output.logp.item() == pytest.approx(-1e-12, rel=1e-5) and output.loss.item() == -output.logp.item()
     assert linear_logprobs(hidden, weight, batch.targets)[0].item() == output.logp.item()
-    for got, expected in zip(_gradients(output.loss, hidden, weight), _gradients(truth, *wide), strict=True):
+    for got, expected in zip(grads(output.loss, hidden, weight), grads(truth, *wide), strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 

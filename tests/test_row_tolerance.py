@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from devices import DEVICE
 
 from cosmo_fast.objectives import TokenBatch, grpo
 from cosmo_fast.ops import RowTolerance, linear_policy_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, D, V = 60, 6, 40
 
 

@@ -1,24 +1,16 @@
 """The row kernels: any width, stride and content; the same body runs on the CPU, on a GPU and under the interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
+from devices import DEVICE, INTERPRETED, compiled_only, interpret
 
 from cosmo_fast.ops import vocab_stats
 from cosmo_fast.ops.linear_head import compacting_rows
 from cosmo_fast.ops.vocab_stats import vocab_grad_, vocab_stats_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if INTERPRETED:  # the Triton twins take the C++ kernels' place, so that everything below runs through them
-    from cosmo_fast.kernels import vocab_stats as twins
-
-    _library = torch.library.Library("cosmo_fast", "IMPL")
-    _library.impl("vocab_stats", twins.vocab_stats, "CPU", allow_override=True)
-    _library.impl("vocab_grad_", twins.vocab_grad_, "CPU", allow_override=True)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow for, or no business of, the interpreter")
+interpret("vocab_stats", "vocab_stats", "vocab_grad_")
 
 
 def test_logp_and_entropy_are_no_worse_than_eager_on_the_same_logits():

@@ -10,6 +10,7 @@ from torch import Tensor
 from cosmo_fast import objectives  # as a module: its advantages need ops in turn
 from cosmo_fast.objectives.base import Objective, TokenBatch
 from cosmo_fast.ops.linear_policy_loss import linear_policy_loss
+from cosmo_fast.ops.vocab_stats import statistics_dtype
 
 
 class GrpoLossOutput(NamedTuple):
@@ -67,29 +68,27 @@ def grpo_loss(
     device, n = hidden.device, tokens.shape[0]
     rewards, groups, lengths = rewards.to(device), groups.to(device), lengths.to(device)
     _check(n, rewards, groups, lengths, mask, weights)
+    if weights is not None and (aggregation is not None or max_length is not None):
+        raise ValueError(f"weights are an aggregation already: leave out aggregation={aggregation!r} and max_length")
     engine = {name: options.pop(name) for name in _ENGINE & options.keys()}
     loss, kinds = objectives.objective(loss_type, **options), known[loss_type]
     how = {"lengths": lengths, **(advantage_options or {})}
     gains = objectives.advantages(rewards, groups, advantage or kinds[1], **how)
 
     sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=n)
-    counted = lengths if mask is None else torch.zeros_like(lengths).index_add(0, sequence, (mask != 0).to(lengths))
-    if weights is not None and (aggregation is not None or max_length is not None):
-        raise ValueError(f"weights are an aggregation already: leave out aggregation={aggregation!r} and max_length")
     if weights is None:
+        counted = lengths if mask is None else torch.zeros_like(lengths).index_add(0, sequence, (mask != 0).to(lengths))
         weights = objectives.sequence_weights(aggregation or kinds[0], counted, groups, max_length)
     weight = weights.to(device).float()[sequence]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    first = lengths.cumsum(0) - lengths
     batch = TokenBatch(
         targets=tokens,
         weight=weight if mask is None else torch.where(mask != 0, weight, 0.0),
         sequence=sequence,
-        advantage=gains.to(wide)[sequence],
+        advantage=gains.to(statistics_dtype(hidden.dtype))[sequence],
         old_logp=old_logp,
         ref_logp=ref_logp,
         correction=correction,
-        position=(torch.arange(n, device=device) - first[sequence]) / (lengths - 1).clamp(min=1)[sequence],
+        position=objectives.sequence_position(sequence) if "epsilon_start" in options else None,
     )
     loss = _on_policy(loss) if old_logp is None else loss
     output = linear_policy_loss(hidden, head_weight, batch, loss, **engine)

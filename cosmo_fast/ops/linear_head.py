@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import Tensor
 
-from cosmo_fast.ops.vocab_stats import DTYPES, VocabStats, check_softcap, row_temperature, vocab_grad_
+from cosmo_fast.ops.vocab_stats import DTYPES, VocabStats, check_softcap, row_temperature, statistics_dtype, vocab_grad_
 
 # The first touch of fresh memory on a CPU costs as much as a product of small d, and the CPU allocator, unlike that of
 # CUDA, gives large blocks back to the system: chunks of logits up to this size, in all, are kept for the next call.
@@ -68,7 +68,7 @@ class LinearHead:
         if self.dtype not in (hidden.dtype, torch.float32) or (self.dtype != hidden.dtype != torch.bfloat16):
             raise ValueError(f"logits_dtype must be {hidden.dtype}, or float32 for bfloat16, got {logits_dtype}")
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        self.parameter_dtype = weight.dtype
+        self.parameter_dtype, self.wide = weight.dtype, statistics_dtype(self.dtype)
         self.widens = self.dtype != hidden.dtype
         if self.widens and hidden.device.type != "cuda":  # no bf16 product with an fp32 result here: widen the operands
             self.weight = self.weight.float()
@@ -138,15 +138,13 @@ class HeadGradient:
         into: (V, d), takes dW on top of what it holds; `results` then has none.
         """
         self.head, self.needs, self.into = head, needs, into
-        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
         # A sum of several chunks is kept wide, and so is what is added to a narrow gradient.
-        direct = into is not None and (into.dtype == wide or (chunks == 1 and head.weight.device.type != "cpu"))
-        self.single = chunks == 1 and not direct
+        direct = into is not None and (into.dtype == head.wide or (chunks == 1 and head.weight.device.type != "cpu"))
         self.hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = into if direct else None
         if needs[1] and self.weight is None and chunks > 1:
-            self.weight = torch.zeros_like(head.weight, dtype=wide)
-        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
+            self.weight = torch.zeros_like(head.weight, dtype=head.wide)
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=head.wide) if needs[2] else None
 
     def add(
         self,
@@ -189,17 +187,17 @@ class HeadGradient:
             self._add_weight(dz, rows)
 
     def _add_weight(self, dz: Tensor, rows: Tensor) -> None:
-        """dW (+)= dz.T @ rows."""
+        """dW (+)= dz.T @ rows; the only chunk's product is dW."""
         turned = dz.device.type == "cpu" and dz.dtype == torch.bfloat16 and dz.shape[0] >= _TURNED_ROWS
-        if turned and (self.single or self.weight.dtype == torch.float32):
-            if self.single:
+        if turned and (self.weight is None or self.weight.dtype == torch.float32):
+            if self.weight is None:
                 self.weight = rows.new_empty(self.head.weight.shape)
             left, product = rows.t().contiguous(), rows.new_empty(rows.shape[1], _TURNED_BLOCK + 32)
             for start in range(0, dz.shape[1], _TURNED_BLOCK):
                 block = dz[:, start : start + _TURNED_BLOCK]
                 part = torch.mm(left, block, out=product[:, : block.shape[1]])
                 torch.ops.cosmo_fast.add_transposed_(self.weight[start : start + block.shape[1]], part)
-        elif self.single:
+        elif self.weight is None:
             self.weight = torch.mm(dz.t(), rows)
         elif dz.dtype == self.weight.dtype:
             self.weight.addmm_(dz.t(), rows)
@@ -222,6 +220,13 @@ class HeadGradient:
 
 # From this many rows on a bf16 dW on a CPU is made as (rows.T @ dz).T, in blocks of columns that stay in the cache.
 _TURNED_ROWS, _TURNED_BLOCK = 128, 4096
+
+
+def even_pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """[start, stop) in the fewest ranges of at most `size`, about equal."""
+    count = -(-(stop - start) // size)
+    edges = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
+    return list(zip(edges, edges[1:], strict=False))
 
 
 def compacting_rows(keep: Tensor) -> Tensor | None:

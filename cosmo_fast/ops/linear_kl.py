@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmo_fast.ops.linear_head import HandOut, HeadGradient, LinearHead
+from cosmo_fast.ops.linear_head import HandOut, HeadGradient, LinearHead, even_pieces
 from cosmo_fast.ops.vocab_kl import KINDS, vocab_kl_, vocab_kl_reference
 
 
@@ -74,16 +74,14 @@ def linear_kl(
 def _forward(heads: list[LinearHead], weight: Tensor, kind: str, beta: float, needs: list[tuple[bool, bool, bool]]):
     n, policy = weight.shape[0], heads[0]
     counted = (weight != 0).nonzero()[:, 0]
-    rows = counted.shape[0]
-    count = -(-rows // policy.chunk_rows)
+    pieces = even_pieces(0, counted.shape[0], policy.chunk_rows)
     wanted = (any(needs[0]), any(needs[1]))
     gradients = [
-        HeadGradient(head, need, count) if any(need) else None for head, need in zip(heads, needs, strict=True)
+        HeadGradient(head, need, len(pieces)) if any(need) else None for head, need in zip(heads, needs, strict=True)
     ]
     kl, total = torch.zeros_like(weight), torch.zeros((), dtype=torch.float64, device=weight.device)
-    for k in range(count):
-        where = slice(rows * k // count, rows * (k + 1) // count)
-        where = where if rows == n else counted[where]
+    for piece in pieces:
+        where = slice(*piece) if counted.shape[0] == n else counted[slice(*piece)]
         parts = [head.rows(where) for head in heads]
         logits = [head.logits(part) for head, part in zip(heads, parts, strict=True)]
         part = vocab_kl_(
@@ -97,7 +95,7 @@ def _forward(heads: list[LinearHead], weight: Tensor, kind: str, beta: float, ne
                 gradient.add_dz(dz, rows_of, where)
     logits = dz = None  # noqa: F841  (views of the chunks)
     for head in heads:
-        head.release(keep=count == 1)
+        head.release(keep=len(pieces) == 1)
     output = KLOutput(total.to(weight.dtype), kl)
     return output, [None if gradient is None else gradient.results() for gradient in gradients]
 
@@ -117,10 +115,9 @@ def _weights(heads: list[LinearHead], weight: Tensor | None) -> Tensor:
         )
     if weight is not None and weight.shape != (n,):
         raise ValueError(f"weight must have shape ({n},), got {tuple(weight.shape)}")
-    wide = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
     if weight is None:
-        return torch.full((n,), 1 / max(n, 1), dtype=wide, device=device)
-    return weight.detach().to(device, wide).contiguous()
+        return torch.full((n,), 1 / max(n, 1), dtype=heads[0].wide, device=device)
+    return weight.detach().to(device, heads[0].wide).contiguous()
 
 
 def linear_kl_reference(

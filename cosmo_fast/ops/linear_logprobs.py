@@ -40,9 +40,8 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head, top_k):
-        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
-        stats = [VocabStats(*[hidden.new_empty(0, dtype=wide)] * 4)]
-        top = [(hidden.new_empty(0, top_k, dtype=wide), targets.new_empty(0, top_k))]
+        stats = [VocabStats(*[hidden.new_empty(0, dtype=head.wide)] * 4)]
+        top = [(hidden.new_empty(0, top_k, dtype=head.wide), targets.new_empty(0, top_k))]
         for start in range(0, hidden.shape[0], head.chunk_rows):
             where = slice(start, start + head.chunk_rows)
             logits = head.logits(head.rows(where))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmo_fast.objectives.base import Objective, TokenBatch
-from cosmo_fast.ops.linear_head import HandOut, HeadGradient, LinearHead
+from cosmo_fast.ops.linear_head import HandOut, HeadGradient, LinearHead, even_pieces
 from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats_reference
 
@@ -109,7 +109,6 @@ def _forward(
     into: Tensor | None,
 ):
     n, device = len(batch), head.hidden.device
-    wide = torch.float64 if head.dtype == torch.float64 else torch.float32
     counted = (batch.weight != 0).nonzero()[:, 0]
     dense = counted.shape[0] == n
     batch = replace(batch, targets=batch.targets.contiguous()) if dense else batch.select(counted)
@@ -118,7 +117,7 @@ def _forward(
     gradient = HeadGradient(head, needs, pieces, into) if any(needs) else None
     dropped = None if tolerance is None or gradient is None else tolerance.nothing(device)
     generator = None if tolerance is None else tolerance.generator(device)
-    logp, entropy = (torch.zeros(n, dtype=wide, device=device) for _ in range(2))
+    logp, entropy = (torch.zeros(n, dtype=head.wide, device=device) for _ in range(2))
     sums: dict[str, Tensor] = {}
     for group in plan:
         index = [slice(*piece) if dense else counted[slice(*piece)] for piece in group]
@@ -147,8 +146,8 @@ def _forward(
                 logits, rows, where, targets, stat, c_logp[part], None if c_entropy is None else c_entropy[part]
             )
     weight_sum = batch.weight.double().sum()
-    metrics = {name: (total / weight_sum).to(wide) for name, total in sums.items() if name != _LOSS}
-    loss = sums[_LOSS].to(wide) if sums else torch.zeros((), dtype=wide, device=device)
+    metrics = {name: (total / weight_sum).to(head.wide) for name, total in sums.items() if name != _LOSS}
+    loss = sums[_LOSS].to(head.wide) if sums else torch.zeros((), dtype=head.wide, device=device)
     logits = rows = None  # noqa: F841  (views of the chunk)
     head.release(keep=pieces == 1)  # where dW is rounded next, the peak is one chunk of logits and one wide dW
     return LossOutput(loss, logp, entropy, metrics, dropped), None if gradient is None else gradient.results()
@@ -158,21 +157,15 @@ def _chunks(sequence: Tensor, chunk_rows: int, whole: bool) -> list[list[tuple[i
     """Row ranges of at most `chunk_rows`, about equal; those of one inner list go through the objective together."""
     n = sequence.shape[0]
     if not whole or n <= chunk_rows:
-        return [[piece] for piece in _even(0, n, chunk_rows)]
+        return [[piece] for piece in even_pieces(0, n, chunk_rows)]
     ends = torch.unique_consecutive(sequence, return_counts=True)[1].cumsum(0).tolist()
     plan, start, last = [], 0, 0
     for end in ends:
         if end - start > chunk_rows and last > start:
-            plan.append(_even(start, last, chunk_rows))
+            plan.append(even_pieces(start, last, chunk_rows))
             start = last
         last = end
-    return [*plan, _even(start, last, chunk_rows)]
-
-
-def _even(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    count = -(-(stop - start) // size)
-    edges = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
-    return list(zip(edges, edges[1:], strict=False))
+    return [*plan, even_pieces(start, last, chunk_rows)]
 
 
 def _coefficients(

@@ -9,7 +9,7 @@ terms would cancel, takes this sum.
 import torch
 from torch import Tensor
 
-import cosmo_fast.ops.vocab_stats  # noqa: F401  (loads the library)
+from cosmo_fast.ops.vocab_stats import statistics_dtype  # and the compiled ops with it
 
 KINDS = ("reverse", "forward", "js")
 
@@ -70,7 +70,7 @@ def vocab_kl_reference(
 
 @torch.library.register_fake("cosmo_fast::vocab_kl_")
 def _(logits, other, coefficient, temperature, softcap, other_softcap, beta, wanted, other_wanted):
-    return logits.new_empty(logits.shape[0], dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits.dtype))
 
 
 @torch.library.register_kernel("cosmo_fast::vocab_kl_", "cuda")

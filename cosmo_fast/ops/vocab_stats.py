@@ -31,11 +31,16 @@ class VocabStats(NamedTuple):
     other_sum: Tensor
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics, losses and sums over logits of `dtype` are in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def row_temperature(
     temperature: float | Tensor, logits_dtype: torch.dtype, n: int, device: torch.device
 ) -> Tensor | None:
     """`temperature` as the kernels take it: None for 1, else a positive (N,) vector in the statistics' dtype."""
-    dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(logits_dtype)
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         if temperature.shape != (n,):
             raise ValueError(f"temperature must be a number or have shape ({n},), got {tuple(temperature.shape)}")
@@ -104,8 +109,7 @@ def vocab_stats_reference(
 
 @torch.library.register_fake("cosmo_fast::vocab_stats")
 def _(logits, targets, temperature, softcap):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4))
+    return tuple(logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits.dtype)) for _ in range(4))
 
 
 @torch.library.register_fake("cosmo_fast::vocab_grad_")
