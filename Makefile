@@ -9,7 +9,7 @@ ARGS ?=
 RUN = .venv/bin/python
 export CXX
 
-.PHONY: venv install install-dev demo reproduce test lint kernels-check isa-check abi-check dist clean check-machine
+.PHONY: venv install install-dev demo reproduce test lint kernels-check isa-check abi-check bench-train dist clean check-machine
 
 install: .venv/.built
 install-dev: .venv/.dev .venv/.built
@@ -39,7 +39,7 @@ kernels-check: install-dev
 
 # The row kernels pick an instruction set when they are loaded; here each one alone passes their tests (x86-64 only).
 # Without a fused multiply-add (processors before 2013) linear_kl has up to three times eager PyTorch's error in fp32.
-ROW_TESTS = test_vocab_stats.py test_weight_gradient.py test_advantages.py
+ROW_TESTS = test_vocab_stats.py test_weight_gradient.py test_advantages.py test_prefix_attention.py
 isa-check: install-dev
 	for arch in x86-64 x86-64-v3; do \
 	  CFLAGS="-march=$$arch -DCOSMO_ISA=" $(RUN) setup.py -q build --build-base build/$$arch --build-lib build/$$arch/lib || exit 1; \
@@ -56,12 +56,19 @@ abi-check: install-dev
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -q tests/test_linear_policy_loss.py tests/test_objectives.py \
 	  tests/test_linear_kl.py $(ROW_TESTS:%=tests/%) $(ARGS)
 
+# One GRPO step beside TRL's own trainer, in an environment of its own (.venv-bench; see requirements-train-bench.txt).
+bench-train: install
+	$(PYTHON) -m venv .venv-bench
+	grep -v '^torch==' requirements.txt > .venv-bench/common.txt
+	.venv-bench/bin/python -m pip install -q -r .venv-bench/common.txt -r requirements-train-bench.txt
+	PYTHONPATH=. .venv-bench/bin/python benchmarks/bench_train.py $(ARGS)
+
 dist: install-dev
 	rm -rf dist
 	$(RUN) -m build --no-isolation --sdist --wheel
 
 clean:
-	rm -rf build dist .venv .venv-abi *.egg-info cosmo_fast/*.so
+	rm -rf build dist .venv .venv-abi .venv-bench *.egg-info cosmo_fast/*.so
 
 check-machine:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

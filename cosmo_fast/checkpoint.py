@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from cosmo_fast.models import Policy
+from cosmo_fast.optimizer import AdamW
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -56,7 +56,7 @@ def save_model(output_dir: Path, policy: Policy) -> list[str]:
     """Puts the policy's model folder into ``output_dir`` itself, config.json last; returns the names of its files."""
     temporary = output_dir / ".model.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.save(temporary)
+    policy.save(temporary, merged=True)
     names = sorted((p.name for p in temporary.iterdir()), key=lambda name: name == "config.json")
     for name in names:
         _sync(temporary / name)
@@ -65,32 +65,22 @@ def save_model(output_dir: Path, policy: Policy) -> list[str]:
     return names
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Writes ``folder`` atomically: the model folder, ``trainer_state.json``, ``optimizer.safetensors``."""
+def save_checkpoint(folder: Path, policy: Policy, optimizer: AdamW | None, state: dict[str, Any]) -> None:
+    """Writes ``folder`` atomically: the model's or its adapter's folder, ``trainer_state.json``,
+    ``optimizer.safetensors`` (moments, and the fp32 masters of bf16 weights)."""
 
     def write(into: Path) -> None:
         policy.save(into)
-        save_file(_flat(policy, optimizer), into / OPTIMIZER)
+        if optimizer is not None:  # else its shards are elsewhere, and the stage is at its end
+            save_file(optimizer.tensors(), into / OPTIMIZER)
         (into / STATE).write_text(json.dumps(state, indent=1))
 
     write_atomically(folder, write)
 
 
-def _flat(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {id(p): name for name, p in policy.model.named_parameters()}
-    return {
-        f"{key}/{names[id(p)]}": torch.as_tensor(value).contiguous()
-        for p, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
-
-
-def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the saved moments back, each beside its parameter."""
-    parameters = dict(policy.model.named_parameters())
-    for key, value in load_file(folder / OPTIMIZER).items():
-        entry, name = key.split("/", 1)
-        optimizer.state[parameters[name]][entry] = value if entry == "step" else value.to(parameters[name].device)
+def load_optimizer(folder: Path, optimizer: AdamW) -> None:
+    """Puts the saved moments and masters back."""
+    optimizer.load_tensors(load_file(folder / OPTIMIZER))
 
 
 def load_state(folder: Path) -> dict[str, Any]:

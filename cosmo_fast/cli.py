@@ -43,10 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     asking.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     asking.add_argument("--num-generations", type=positive, default=1)
     asking.add_argument("--seed", type=int, default=0)
+    asking.add_argument("--stop-strings", nargs="+", default=[], help="texts that end a completion")
     commands.add_parser("doctor", help="what is installed and what each part runs on")
     for sub in (judging, asking):
         sub.add_argument("--max-completion-length", type=positive, default=256, help="tokens")
         sub.add_argument("--batch-size", type=positive, default=256, help="responses decoded at once")
+        sub.add_argument("--kv-cache-mib", type=positive, default=4096, help="bound of the keys and values")
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
         return train.main(["--config", known.recipe, *rest])
@@ -69,7 +71,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
     policy = load_policy(Path(options.checkpoint).absolute())
-    result = run(policy, rows, max_completion_length=options.max_completion_length, batch_size=options.batch_size)
+    bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
+    result = run(policy, rows, max_completion_length=options.max_completion_length, **bounds)
     print(json.dumps(result, indent=1))
 
 
@@ -83,8 +86,9 @@ def generate(options: argparse.Namespace) -> None:
 
     row = single_row(options.prompt, [Path(p) for p in options.image])
     policy = load_policy(Path(options.checkpoint).absolute())
-    params = SamplingParams(options.max_completion_length, options.temperature)
-    sampler = Sampler(policy, Vision(policy), max(options.batch_size, options.num_generations))
+    params = SamplingParams(options.max_completion_length, options.temperature, stop_strings=options.stop_strings)
+    bounds = {"batch_size": max(options.batch_size, options.num_generations), "kv_cache_mib": options.kv_cache_mib}
+    sampler = Sampler(policy, Vision(policy), **bounds)
     prompt = Encoder(policy).prompt(row)
     [group] = sampler.generate([prompt], params, num_generations=options.num_generations, seed=options.seed)
     print("\n\n".join(policy.tokenizer.batch_decode([c.ids for c in group], skip_special_tokens=True)))

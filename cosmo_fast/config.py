@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,16 +14,11 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What users of verl and EasyR1 write, and our name for it.
 ALIASES = {
-    "n": "num_generations",
-    "clip_ratio_low": "epsilon",
-    "clip_ratio_high": "epsilon_high",
-    "clip_ratio": "epsilon",
-    "kl_loss_coef": "beta",
-    "ppo_epochs": "num_iterations",
-    "max_response_length": "max_completion_length",
-    "lr": "learning_rate",
-    "total_steps": "max_steps",
-}
+    "n": "num_generations", "clip_ratio_low": "epsilon", "clip_ratio_high": "epsilon_high", "clip_ratio": "epsilon",
+    "kl_loss_coef": "beta", "ppo_epochs": "num_iterations", "max_response_length": "max_completion_length",
+    "lr": "learning_rate", "total_steps": "max_steps", "torch_dtype": "dtype", "lora_rank": "lora_r",
+    "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
+}  # fmt: skip
 
 
 LossType = Literal[
@@ -79,6 +74,7 @@ class StageConfig(_Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # each ends a response
     loss_type: LossType = "cpgd"
     aggregation: Aggregation | None = None  # default: as the loss's paper has it, like the advantage
     advantage: AdvantageKind | None = None
@@ -105,6 +101,7 @@ class StageConfig(_Strict):
     use_bias_correction_kl: bool | None = None
     entropy_coef: float = 0.0
     mask_truncated_completions: bool = False
+    max_rollout_kl: float | None = Field(default=0.05, gt=0)  # nats a token between sampler and trainer; null: no bound
     reward_recipe: dict[str, dict[str, float]] | None = None  # label -> reward -> weight; default: seeds of COSMO-RL
     format_weight: float = Field(default=1.0, ge=0)
 
@@ -243,13 +240,21 @@ class Config(_Strict):
     seed: int = Field(default=0, ge=0)
     model_name_or_path: str
     trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; the optimizer's masters are fp32
+    gradient_checkpointing: bool = False
+    deepspeed: str | None = None  # a DeepSpeed JSON file, for several processes (ZeRO 1 or 2)
+    lora_r: int = Field(default=0, ge=0)  # 0: no adapter, all of the model learns
+    lora_alpha: float = Field(default=32, gt=0)
+    lora_dropout: float = 0.0
+    lora_target_modules: str | list[str] | None = None  # default: all linear layers of the language model
     device: str = "auto"
     image_root: str | None = None
     max_image_pixels: int = Field(default=4096 * 4096, gt=0)
     max_prompt_length: int | None = Field(default=None, gt=0)
     max_completion_length: int = Field(default=256, gt=0)
     max_tokens_per_batch: int = Field(default=16384, gt=0)  # tokens of one forward and backward
-    sampling_batch_size: int = Field(default=256, gt=0)
+    sampling_batch_size: int = Field(default=256, gt=0)  # responses decoded at once
+    kv_cache_mib: int = Field(default=4096, gt=0)  # keys and values of what is sampled, at most
     logging_steps: int = Field(default=10, gt=0)
     log_completions: int = Field(default=6, ge=0)  # samples kept with their pictures, a logged rollout
     save_steps: int | None = Field(default=None, gt=0)  # besides the end of every stage
@@ -258,6 +263,18 @@ class Config(_Strict):
     stages: list[StageConfig] = Field(min_length=1)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
+
+    @model_validator(mode="after")
+    def _adapter_fits(self):
+        if self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} must be 0: the sampler's and the trainer's pass over the same "
+                "tokens would differ, and the first policy ratio would not be 1"
+            )
+        idle = [n for n in ("lora_alpha", "lora_target_modules") if getattr(self, n) != Config.model_fields[n].default]
+        if idle and not self.lora_r:
+            raise ValueError(f"{idle[0]}={getattr(self, idle[0])!r} has no effect without lora_r above 0")
+        return self
 
     @model_validator(mode="after")
     def _named_once(self):

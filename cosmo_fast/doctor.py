@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+import transformers
 
 
 def report() -> list[tuple[str, str]]:
@@ -29,13 +32,23 @@ def report() -> list[tuple[str, str]]:
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("transformers", _version("transformers")),
         ("extension", f"loaded: {_host.__file__}"),
-        ("row kernels", kernels),
-        (
-            "attention",
-            "PyTorch's CPU flash op, prompts shared" if not cuda else "dense scores under a mask on CUDA so far",
-        ),
-        ("deepspeed", _version("deepspeed", "one process; not used by this version")),
+        ("kernels", kernels),
+        ("peft", _version("peft", 'LoRA needs it: pip install "cosmo_fast[lora]"')),
+        ("deepspeed", _version("deepspeed", "needed for several processes only")),
     ]
+
+
+def environment() -> dict[str, str]:
+    """What a run's figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return {"device": device, "threads": str(torch.get_num_threads()), "versions": versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _version(package: str, otherwise: str = "not installed") -> str:

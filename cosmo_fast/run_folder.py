@@ -21,6 +21,7 @@ _FOLDERS = ("checkpoint-*", ".checkpoint-*", ".model.partial", "samples", "plots
 _FREE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "model_name_or_path", "logging_steps",
     "log_completions", "save_steps", "save_total_limit", "eval", "device", "sampling_batch_size",
+    "kv_cache_mib",
 }  # fmt: skip
 
 
@@ -76,8 +77,10 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
         ConfigError: naming the first setting that differs, its value then and now.
     """
     now = config.resolved()
-    for key in sorted(now.keys() - _FREE):
-        if saved.get(key) == now[key]:
+    free = _FREE - {"model_name_or_path"} if config.lora_r else _FREE  # an adapter is of no use without its base
+    for key in sorted(now.keys() - free):
+        # What an earlier version did not have is at its default.
+        if saved.get(key, Config.model_fields[key].default) == now[key]:
             continue
         if key != "stages" or len(saved[key]) != len(now[key]):
             raise ConfigError(

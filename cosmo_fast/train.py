@@ -52,31 +52,58 @@ def _without_none(value):
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
+def peak_bytes(trainer, stage) -> int:
+    """Peak memory of the stage's largest micro-batch: the longest prompts, every response as long as it may be.
+
+    Weights and optimizer are included; the sampler's keys and values (``kv_cache_mib``) are not, and are gone by then.
+    """
+    from cosmo_fast.plan import GroupSize, calibrate, micro_batches
+
+    rows = [row for items, _ in trainer.data[stage.name].values() for row in items]
+    count = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    if stage.kind == "sft":
+        prompts, sizes = [p for p, _ in rows], [GroupSize.of(p, [answer]) for p, answer in rows]
+    else:
+        longest = [[0] * trainer.config.max_completion_length] * stage.num_generations
+        prompts, sizes, count = rows, [GroupSize.of(p, longest) for p in rows], count // stage.num_generations
+    trainer.policy.freeze_vision_tower(stage.freeze_vision_tower)
+    cost = calibrate(trainer.policy, trainer.vision, prompts)
+    largest = sorted(sizes, key=lambda size: (size.tokens, size.vision), reverse=True)
+    largest = (largest * -(-count // len(largest)))[:count]
+    batches = micro_batches(largest, trainer.config.max_tokens_per_batch)
+    return max(cost.peak_bytes([largest[i] for i in batch], batch.parts) for batch in batches)
+
+
 def describe(trainer) -> None:
-    """Prints the resolved config, the batch arithmetic of every stage and the first rendered prompt."""
+    """Prints the resolved config, every stage's batch arithmetic and peak memory, and the first rendered prompt."""
     config = trainer.config
     print("# resolved config")
     print(yaml.safe_dump(_without_none(config.resolved()), sort_keys=False).rstrip())
     for stage in config.stages:
         rows = {name: len(items) for name, (items, _) in trainer.data[stage.name].items()}
-        updates = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+        world = trainer.ranks.world
+        updates = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * world
         print(f"\n# stage {stage.name} ({stage.kind}): {stage.max_steps} optimiser steps")
         for name, count in rows.items():
             print(f"  rows                        {count} in {name}")
+        print(f"  predicted peak memory       {peak_bytes(trainer, stage) / 2**20:,.0f} MiB in training")
         if stage.kind == "sft":
             print(f"  rows an optimiser step      {updates}")
             print(f"  epochs                      {stage.max_steps * updates / sum(rows.values()):.2f}")
             continue
-        print(f"  completions a rollout       {stage.completions_per_rollout}")
-        print(f"  prompts a rollout           {stage.completions_per_rollout // stage.num_generations}")
+        print(f"  completions a rollout       {stage.completions_per_rollout * world}")
+        print(f"  prompts a rollout           {stage.completions_per_rollout * world // stage.num_generations}")
         print(f"  generations a prompt        {stage.num_generations}")
         print(f"  optimiser steps a rollout   {stage.updates_per_rollout}")
         print(f"  completions a step          {updates}")
         print(f"  rollouts                    {stage.max_steps // stage.updates_per_rollout}")
     parameters = sum(p.numel() for p in trainer.policy.model.parameters())
+    adapter = sum(p.numel() for p in trainer.policy.adapter.parameters.values()) if config.lora_r else 0
     first = next(iter(trainer.data[config.stages[0].name].values()))[0][0]
     prompt = first[0] if config.stages[0].kind == "sft" else first
-    print(f"\n# model: {parameters:,} parameters; micro-batches of at most {config.max_tokens_per_batch} tokens")
+    added = f", {adapter:,} of them in the adapter" if adapter else ""
+    print(f"\n# model: {parameters:,} parameters{added}, {config.dtype}")
+    print(f"  tokens a micro-batch        at most {config.max_tokens_per_batch}")
     vision = sum(m.rows for m in prompt.media)
     print(f"\n# first prompt ({len(prompt.ids)} tokens, {vision} of them vision; {prompt.source})")
     print(prompt.text)

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import platform
-import re
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from cosmo_fast import checkpoint as ckpt
 from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
-from cosmo_fast.data import Row, load_rows
+from cosmo_fast.data import Row
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.mixture import Mixture
+from cosmo_fast.data.sources import load_stages, read, world_resolver
+from cosmo_fast.distributed import Ranks, Update
+from cosmo_fast.doctor import environment
 from cosmo_fast.evaluate import score
 from cosmo_fast.evaluate.run import evaluate
 from cosmo_fast.models import Policy, load_policy
+from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
-from cosmo_fast.plan import micro_batches
+from cosmo_fast.optimizer import AdamW
+from cosmo_fast.plan import GroupSize, micro_batches
 from cosmo_fast.rewards import REWARDS, RewardMix
-from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.stages import STAGES
+from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
+from cosmo_fast.stages.rl import own_sampler, sampling_params
 
 
 class Trainer:
@@ -53,7 +57,7 @@ class Trainer:
         reward_funcs: dict[str, Any] | None = None,
         train_dataset: dict[str, list[Row]] | None = None,
     ):
-        self.config = config
+        self.config, self.ranks = config, Ranks(config.deepspeed)
         self.output_dir = Path(config.output_dir)
         self.resume = None
         if config.resume_from_checkpoint:
@@ -61,7 +65,7 @@ class Trainer:
             if model is not None:
                 raise ConfigError("resume_from_checkpoint brings its own weights: give no model, or do not resume")
             run_folder.check_same(ckpt.load_state(self.resume)["config"], config)
-        _check_save_steps(config)
+        _check_save_steps(config, self.ranks)
         inputs = [p for s in config.stages for p in s.datasets] + [
             *config.eval.datasets.values(),
             config.model_name_or_path,
@@ -70,15 +74,19 @@ class Trainer:
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
         self._check_rewards_used()
-        resolve = _world_resolver(config)
-        self.rows = _load_stages(config, train_dataset or {}, resolve)
+        resolve = world_resolver(config, self.ranks)
+        self.rows = load_stages(config, train_dataset or {}, resolve)
         self.eval_rows = {
-            name: _read(config, resolve(path), limit=config.eval.limit) for name, path in config.eval.datasets.items()
+            name: read(config, resolve(path), limit=config.eval.limit) for name, path in config.eval.datasets.items()
         }
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        self.load = partial(load_policy, device=device, trust_remote_code=config.trust_remote_code)
+        options = {"device": device, "trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
+        self.load = partial(load_policy, **options)
         self.start = resolve(config.model_name_or_path)
-        self.policy = model or self.load(self.resume or self.start)
+        self.policy = model or self.load(self.start if config.lora_r else self.resume or self.start)
+        _prepare(self.policy, config)
+        if config.lora_r and self.resume:
+            self.policy.adapter.load(self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
         self.encoder = Encoder(
             self.policy, max_prompt_length=config.max_prompt_length, max_completion_length=config.max_completion_length
@@ -106,10 +114,11 @@ class Trainer:
             prompts = [self.encoder.prompt(row) for row in rows]
             if stage.kind == "sft":
                 targets = [self.encoder.target(row) for row in rows]
-                longest = max(len(p.ids) + len(t) for p, t in zip(prompts, targets, strict=True))
+                sizes = [GroupSize.of(p, [t]) for p, t in zip(prompts, targets, strict=True)]
                 sources[name] = (list(zip(prompts, targets, strict=True)), weight)
             else:
-                longest = max(len(p.ids) for p in prompts) + stage.num_generations * self.config.max_completion_length
+                longest = [[0] * self.config.max_completion_length] * stage.num_generations
+                sizes = [GroupSize.of(p, longest) for p in prompts]
                 columns = [p.columns for p in prompts]
                 mix = self.reward_mixes[stage.name]
                 for column in columns:
@@ -117,11 +126,11 @@ class Trainer:
                 if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
                     mix([p.text for p in prompts], [""] * len(prompts), columns)
                 score(columns, [""] * len(prompts))
-                SamplingParams(
-                    self.config.max_completion_length, stage.temperature, stage.top_k, stage.top_p, stage.min_p
-                )
+                params = sampling_params(self.config, stage)
+                lengths = [s.prompt for s in sizes]
+                own_sampler(self.config, self.policy, self.vision).store_rows(lengths, params, stage.num_generations)
                 sources[name] = (prompts, weight)
-            micro_batches([longest], self.config.max_tokens_per_batch)
+            micro_batches(sizes, self.config.max_tokens_per_batch)
         return sources
 
     def train(self) -> dict[str, Any]:
@@ -130,55 +139,90 @@ class Trainer:
         state = {"stage_index": 0, "step": 0, "global_step": 0, "summary": []}
         if self.resume:
             state = ckpt.load_state(self.resume)
-        run_folder.prepare(self.output_dir, config, state["global_step"] if self.resume else None)
+        self.ranks.wait()  # every rank has looked at the run folder as it was
+        if self.ranks.first:
+            run_folder.prepare(self.output_dir, config, state["global_step"] if self.resume else None)
         self.summary = {"seed": config.seed, "stages": state["summary"], "environment": environment()}
         self.global_step = state["global_step"]
-        metrics = self.output_dir / "metrics.jsonl"
-        self.log = report.MetricsWriter(metrics, resume_step=self.global_step if self.resume else None)
-        self.console = report.Progress([(s.name, s.max_steps) for s in config.stages], every=config.logging_steps)
-        with self.log, self.console:
+        self.sees: float | None = None
+        silent = contextlib.nullcontext() if self.ranks.first else open(os.devnull, "w")
+        metrics = self.output_dir / "metrics.jsonl" if self.ranks.first else os.devnull
+        resume_step = self.global_step if self.resume and self.ranks.first else None
+        self.log = report.MetricsWriter(metrics, resume_step=resume_step)
+        names = [(s.name, s.max_steps) for s in config.stages]
+        self.console = report.Progress(names, every=config.logging_steps, stream=silent.__enter__())
+        with self.log, self.console, silent:
             for index in range(state["stage_index"], len(config.stages)):
                 self._run_stage(index, state if index == state["stage_index"] else {"step": 0})
+        if self.ranks.first:
+            self._finish()
+        return self.summary
+
+    def _finish(self) -> None:
+        """Final model, summary and plots."""
         run_folder.record(self.output_dir, ckpt.save_model(self.output_dir, self.policy))
         report.write_summary(self.output_dir / "summary.json", self.summary)
         report.write_plots(self.output_dir)
         self.console.table(self.summary)
         self.console.note(f"run folder: {self.output_dir}")
-        return self.summary
 
     def _run_stage(self, index: int, state: dict[str, Any]) -> None:
         config, stage = self.config, self.config.stages[index]
         seed = step_seed(config.seed, index)
         self.policy.freeze_vision_tower(stage.freeze_vision_tower)
         self.vision.forget()
-        context = Context(config, stage, self.policy, self.vision, seed)
+        context = Context(config, stage, self.policy, self.vision, seed, self.ranks)
         mixture = Mixture(self.data[stage.name], seed)
         extra: dict[str, Any] = {}
         if stage.kind == "rl":
             extra["reward_mix"] = self.reward_mixes[stage.name]
-            if stage.beta and state["step"]:
-                extra["reference"] = self.load(self._reference(index))
-                extra["reference"].model.requires_grad_(False)
+            if stage.beta:
+                extra["reference"] = self._reference(index, state["step"])
         runner = STAGES[stage.kind](context, mixture, **extra)
-        optimizer = _optimizer(self.policy, stage)
+        optimizer = _optimizer(self.policy, stage, keep_masters=self.ranks.deepspeed is None)
         if state["step"]:
             mixture.taken.update(state["taken"])
-            ckpt.load_optimizer(self.resume, self.policy, optimizer)
+            ckpt.load_optimizer(self.resume, optimizer)
+        if self.sees is None and (alive := vision_alive(context, runner, self.data[stage.name])) is not None:
+            self.sees = alive
+            self.console.note(f"vision/alive {alive:.3g}: nats a token by which blank pictures change the log-probs")
+        update = self.ranks.update(self.policy, optimizer, stage.max_grad_norm)
+        context.backward = update.backward
         started = time.perf_counter() - state.get("seconds", 0.0)
         for step in range(state["step"], stage.max_steps):
-            self._step(index, step, runner, optimizer)
+            self._step(index, step, runner, update)
             done = step + 1
-            if done == stage.max_steps or (config.save_steps and done % config.save_steps == 0):
+            save = done == stage.max_steps or (config.save_steps and done % config.save_steps == 0)
+            if save and self.ranks.first:
                 position = {"stage_index": index, "step": done, "taken": mixture.taken}
-                folder = self._save(optimizer, position | {"seconds": time.perf_counter() - started})
+                moments = optimizer if self.ranks.deepspeed is None else None
+                folder = self._save(moments, position | {"seconds": time.perf_counter() - started})
+        update.close()
+        if not self.ranks.first:
+            self.ranks.wait()
+            return
         # The stage is on disk before it is evaluated: a fault in the evaluation costs the evaluation.
         folder = folder if state["step"] < stage.max_steps else self.resume
         seconds = ckpt.load_state(folder)["seconds"]
         self.summary["stages"].append({"name": stage.name, "seconds": seconds, "splits": self._evaluate(stage)})
         position = {"stage_index": index + 1, "step": 0, "taken": {}}
         ckpt.replace_text(folder / ckpt.STATE, json.dumps(self._state(position), indent=1))
+        self.ranks.wait()
 
-    def _reference(self, index: int) -> Path | str:
+    def _reference(self, index: int, step: int) -> Policy | None:
+        """The policy that stage ``index`` began with, None where the stage can copy it; an adapter keeps its own."""
+        began, adapter = self._began_with(index) if step else None, self.policy.adapter
+        if adapter is not None:
+            fresh = began == self.start
+            adapter.keep_reference({} if fresh else adapter.read(began) if step else adapter.state())
+            return None
+        if not step:
+            return None
+        reference = self.load(began)
+        reference.model.requires_grad_(False)
+        return reference
+
+    def _began_with(self, index: int) -> Path | str:
         """The weights that stage ``index`` began with: the end of the stage before, beside what is resumed from."""
         before = sum(stage.max_steps for stage in self.config.stages[:index])
         if not before:
@@ -191,16 +235,15 @@ class Trainer:
             )
         return folder
 
-    def _step(self, index: int, step: int, runner, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, index: int, step: int, runner, update: Update) -> None:
         stage = self.config.stages[index]
         started = time.perf_counter()
         rate = learning_rate(stage, step)
-        for group in optimizer.param_groups:
+        for group in update.optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        metrics = runner.step(step)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm))
+        with update.accumulating():
+            metrics = runner.step(step)
+        norm = update.norm()
         if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
             saved = ckpt.checkpoints(self.output_dir)
             where = f"resume from {saved[-1]}" if saved else "there is no checkpoint yet"
@@ -208,7 +251,7 @@ class Trainer:
                 f"stage {stage.name!r}, step {step}: loss {metrics['loss']}, gradient norm {norm}; no update was made. "
                 f"Lower learning_rate or max_grad_norm; {where}."
             )
-        optimizer.step()
+        update.step()
         self.global_step += 1
         seconds = time.perf_counter() - started
         tokens = metrics.pop("tokens")
@@ -225,7 +268,8 @@ class Trainer:
         }
         self.log.write(row)
         self.console.update(row)
-        if (step + 1) % self.config.logging_steps == 0 and (shown := runner.samples()):
+        shown = runner.samples() if self.ranks.first and (step + 1) % self.config.logging_steps == 0 else []
+        if shown:
             report.write_samples(self.output_dir / "samples", self.global_step, shown)
 
     def _evaluate(self, stage: StageConfig) -> dict[str, Any]:
@@ -237,6 +281,7 @@ class Trainer:
                 rows,
                 max_completion_length=self.config.max_completion_length,
                 batch_size=self.config.eval.batch_size,
+                kv_cache_mib=self.config.kv_cache_mib,
             )
         return splits
 
@@ -244,25 +289,12 @@ class Trainer:
         done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.resolved()}
         return position | done
 
-    def _save(self, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> Path:
+    def _save(self, optimizer: AdamW | None, position: dict[str, Any]) -> Path:
         folder = self.output_dir / f"checkpoint-{self.global_step}"
         ckpt.save_checkpoint(folder, self.policy, optimizer, self._state(position))
         ends = {self.output_dir / f"checkpoint-{n}" for n in _stage_ends(self.config)}
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
         return folder
-
-
-def environment() -> dict[str, str]:
-    """What a run's figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    return {"device": device, "threads": str(torch.get_num_threads()), "versions": versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -274,14 +306,32 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * shapes[stage.lr_scheduler_type]
 
 
-def _optimizer(policy: Policy, stage: StageConfig) -> torch.optim.Optimizer:
-    """AdamW over what learns; vectors (norms, biases) are not decayed."""
-    learning = [p for p in policy.model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.dim() > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(stage.adam_beta1, stage.adam_beta2), fused=True)
+def _optimizer(policy: Policy, stage: StageConfig, keep_masters: bool) -> AdamW:
+    betas = (stage.adam_beta1, stage.adam_beta2)
+    settings = {"lr": stage.learning_rate, "betas": betas, "weight_decay": stage.weight_decay}
+    settings["keep_masters"] = keep_masters
+    return AdamW(policy.model.named_parameters(), **settings)
+
+
+def _prepare(policy: Policy, config: Config) -> None:
+    """The dtype, adapter and checkpointing that the recipe asks for."""
+    for parameter in policy.model.parameters():  # not the buffers: rotary frequencies stay fp32, as they are loaded
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    if config.lora_r:
+        add_adapter(
+            policy,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+        )
+    elif policy.adapter is not None:
+        raise ConfigError(
+            f"model_name_or_path={config.model_name_or_path!r} is an adapter: train the merged model (the root of its "
+            "run folder) instead"
+        )
+    if config.gradient_checkpointing:
+        policy.checkpoint_gradients()
 
 
 def _stage_ends(config: Config) -> list[int]:
@@ -292,49 +342,12 @@ def _stage_ends(config: Config) -> list[int]:
     return ends
 
 
-def _world_resolver(config: Config):
-    """``world:NAME`` -> a path inside the embedded world, built on first use; other names stay."""
-    root: list[Path] = []
-
-    def resolve(name: str) -> str:
-        if not name.startswith("world:"):
-            return name
-        if not root:
-            from cosmo_fast.world import ensure_world
-
-            seed = config.seed if config.world.seed is None else config.world.seed
-            root.append(ensure_world(seed=seed, cache_dir=config.world.cache_dir, **config.world.sizes))
-        return str(root[0] / name.removeprefix("world:"))
-
-    return resolve
-
-
-def _load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[str, dict[str, tuple[list[Row], float]]]:
-    unknown = sorted(given.keys() - {s.name for s in config.stages})
-    if unknown:
+def _check_save_steps(config: Config, ranks: Ranks) -> None:
+    if config.save_steps and ranks.deepspeed is not None:
         raise ConfigError(
-            f"train_dataset names the stage(s) {unknown}; the recipe has {[s.name for s in config.stages]}"
+            f"save_steps={config.save_steps} with deepspeed: the optimizer's shards are not saved inside a stage yet; "
+            "leave save_steps out, the end of every stage is saved"
         )
-    read: dict[tuple[str, bool], list[Row]] = {}
-    stages: dict[str, dict[str, tuple[list[Row], float]]] = {}
-    for stage in config.stages:
-        if stage.name in given:
-            stages[stage.name] = {"train_dataset": (given[stage.name], 1.0)}
-            continue
-        stages[stage.name] = {}
-        for path, weight in stage.datasets.items():
-            key = (path, stage.kind == "sft")
-            if key not in read:
-                read[key] = _read(config, resolve(path), needs_answer=stage.kind == "sft")
-            stages[stage.name][path] = (read[key], weight)
-    return stages
-
-
-def _read(config: Config, path: str, **options: Any) -> list[Row]:
-    return load_rows(path, image_root=config.image_root, max_image_pixels=config.max_image_pixels, **options)
-
-
-def _check_save_steps(config: Config) -> None:
     for stage in config.stages:
         if config.save_steps and stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
             raise ConfigError(

@@ -13,4 +13,8 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
   m.def(
       "vocab_kl_(Tensor(a!) logits, Tensor(b!) other, Tensor? coefficient, Tensor? temperature, float softcap, "
       "float other_softcap, float beta, bool wanted, bool other_wanted) -> Tensor kl");
+  m.def("prefix_attention(Tensor q, Tensor k, Tensor v, Tensor segments, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "prefix_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, "
+      "float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

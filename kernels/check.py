@@ -2,9 +2,9 @@
 
     python -m cosmo_fast.kernels.check
 
-Every module here brings `variants()` and `OPTIONS`. One line a variant: registers a thread, shared memory (bytes),
-spills (bytes of local memory: must be 0), as cuobjdump reads them from the cubin. Exits with 1 if anything spills. A
-process of its own: under TRITON_INTERPRET nothing compiles.
+Every module with kernels brings `variants()` and `OPTIONS`. One line a variant: registers a thread, shared memory
+(bytes), spills (bytes of local memory: must be 0), as cuobjdump reads them from the cubin. Exits with 1 if anything
+spills. A process of its own: under TRITON_INTERPRET nothing compiles.
 """
 
 import importlib
@@ -26,7 +26,12 @@ _ALIGNED = [["tt.divisibility", 16]]
 
 
 def compiled(kernel, signature: dict, constants: dict, capability: int, options: dict):
-    """One variant, compiled for sm_<capability>. None in the signature: the argument is None."""
+    """One variant, compiled for sm_<capability>. None in the signature: the argument is None.
+
+    Constants that are no argument (num_warps, num_stages) are options of this variant.
+    """
+    options = options | {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants = {**constants, **{name: None for name, kind in signature.items() if kind is None}}
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     indices = {name: (i,) for i, name in enumerate(kernel.arg_names)}
@@ -52,6 +57,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise SystemExit("kernels-check: unset TRITON_INTERPRET, under which Triton compiles nothing")
     modules = [importlib.import_module(f"cosmo_fast.kernels.{name}") for name in MODULES]
+    modules = [module for module in modules if hasattr(module, "variants")]
     variants = [(module.OPTIONS, *variant) for module in modules for variant in module.variants()]
     failed = count = 0
     print(f"{'kernel':<16}{'variant':<40}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>8}")

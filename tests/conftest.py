@@ -7,6 +7,21 @@ SMALL = {
     "validation_safety": 4, "scenes_general": 36, "scenes_safety": 6, "held_general": 18, "held_safety": 4,
 }  # fmt: skip
 
+# A recipe of two short stages on it.
+RECIPE = """
+output_dir: {out}
+model_name_or_path: {world}/model
+max_completion_length: 40
+logging_steps: 2
+stages:
+  - {{name: cold, kind: sft, train_dataset: {world}/train.jsonl, max_steps: 6, per_device_train_batch_size: 16,
+     learning_rate: 2.0e-3, warmup_steps: 2}}
+  - {{name: rl, kind: rl, train_dataset: {{{world}/rl_safety.jsonl: 2, {world}/rl.jsonl: 1}}, max_steps: 6,
+     per_device_train_batch_size: 24, num_generations: 4, learning_rate: 1.0e-4, loss_type: cpgd,
+     freeze_vision_tower: true}}
+eval: {{datasets: {{scenes: {world}/scenes.jsonl}}, limit: 24}}
+"""
+
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
@@ -14,3 +29,10 @@ def small_world(tmp_path_factory):
     from cosmo_fast.world import ensure_world
 
     return ensure_world(seed=0, cache_dir=tmp_path_factory.mktemp("cache"), **SMALL)
+
+
+@pytest.fixture
+def recipe(small_world, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(out=tmp_path / "run", world=small_world))
+    return path

@@ -1,4 +1,4 @@
-"""The benchmark of the loss engine runs in every mode on a tiny problem, and writes the columns that it promises."""
+"""The benchmarks run in every mode on a tiny problem, and write the columns that they promise."""
 
 import csv
 import importlib
@@ -12,7 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-bench, measure, plot = (importlib.import_module(name) for name in ("bench_linear_policy_loss", "measure", "plot"))
+NAMES = "bench_linear_policy_loss", "bench_train", "measure", "plot"
+bench, train, measure, plot = (importlib.import_module(name) for name in NAMES)
 
 COLUMNS = (
     "op case provider n d v dtype device ms_p20 ms_p50 ms_p80 floor_ratio peak_mib error_ratio torch commit".split()
@@ -154,3 +155,40 @@ def test_the_tables_show_both_floors_and_the_share_of_the_policy_loss(tmp_path):
     table = plot.tables(tmp_path)["loss-cases"]
     assert "| advantage, bfloat16, 8 × 2 × 4 | 0.006 (0.0075) | 2.00 (2.50) | 3 / 3 | 1.00 |" in table
     assert "`advantage` takes 0.5 % (bfloat16, 8 × 2 × 4)" in table and "full" not in table.splitlines()[0]
+
+
+@pytest.fixture
+def tiny_training(tmp_path, monkeypatch):
+    """bench_train with a model, pictures, groups and responses of a few tokens."""
+    tiny = {"MODEL": {"hidden_size": 32, "layers": 1}, "SIDE": 56, "BASE": (1, 2, 3), "GROWTH": ((2, 2, 3), (1, 3, 2))}
+    for name, value in tiny.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
+    return tmp_path / "train.csv"
+
+
+def test_every_phase_of_a_training_step_has_a_row_of_every_provider(tiny_training, monkeypatch):
+    names = ["cosmo_fast", "cosmo_fast_unshared", "padded", "padded_vision_once"]
+    options = ["--providers", ",".join(names), "--repeats", "3", "--out", str(tiny_training)]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    train.main()
+    with tiny_training.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == "case phase provider p g r dtype device ms_p50 tokens_per_s peak_mib torch commit".split()
+    _finite(rows, "ms_p50", "tokens_per_s")
+    found = [(row["case"], row["phase"], row["p"], row["g"], row["r"], row["provider"]) for row in rows]
+    base = [(case, phase) for case in ("vision_trained", "vision_frozen") for phase in train.PHASES]
+    base += [(f"update:{part}", "update") for part in ("vision", "language", "head")]
+    shapes = [(*names, "34", "2", "3") for names in base]
+    shapes += [("growth", "update", "68", "2", "3"), ("growth", "update", "34", "3", "2")]
+    assert found == [(*shape, name) for shape in shapes for name in names]
+
+
+def test_a_training_step_is_not_timed_before_everybody_computes_the_same(tiny_training):
+    problem = train.Problem(train.make_model(tiny_training.parent / "model", 32, 1), *train.BASE, 2, True, train.SIDE)
+    providers = {name: train.make(name, problem) for name in ("cosmo_fast", "padded")}
+    train.check(providers)
+    with torch.no_grad():
+        providers["padded"].model.lm_head.weight[: problem.responses.max()] += 0.01
+    with pytest.raises(AssertionError, match="padded computes something else than cosmo_fast: log-probs by 0.0"):
+        train.check(providers)

@@ -18,6 +18,7 @@ def test_bins_hold_every_item_once_and_stay_within_the_budget():
 
 def test_bins_take_the_tightest_place_and_break_ties_by_index():
     assert _host.best_fit_decreasing([3, 7, 3, 6, 4], 10) == [[1, 0], [3, 4], [2]]
+    assert _host.best_fit_decreasing([6, 7, 3], 10) == [[1, 2], [0]]
     assert _host.best_fit_decreasing([], 10) == []
 
 

@@ -1,17 +1,17 @@
-"""The packed forward equals transformers' own, token by token and gradient by gradient."""
+"""The packed forward equals transformers' own on every family, token by token and gradient by gradient."""
 
 import numpy as np
 import pytest
 import torch
-from tiny import IMAGE, make_prompt, padded_logps, save_pictures, tiny_policy
+from tiny import FAMILIES, IMAGE, WITH_PICTURES, make_prompt, padded_logps, save_pictures, tiny_policy
 
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Plan
 
 
-@pytest.fixture
-def world(tmp_path):
-    policy, plain = tiny_policy()
+@pytest.fixture(params=FAMILIES)
+def world(request, tmp_path):
+    policy, plain = tiny_policy(family=request.param)
     square, portrait, wide = save_pictures(tmp_path)
     prompts = [
         make_prompt(policy, [7, square, 8, 9]),
@@ -26,6 +26,10 @@ def world(tmp_path):
     return policy, plain, prompts, responses
 
 
+with_pictures = pytest.mark.parametrize("world", WITH_PICTURES, indirect=True)
+one_family = pytest.mark.parametrize("world", ["qwen2_5_vl"], indirect=True)
+
+
 def packed(policy, prompts, responses):
     plan = Plan(prompts, responses)
     return policy.logprobs(plan, Vision(policy).features(plan.media))[0]
@@ -38,15 +42,22 @@ def one_by_one(plain, policy, prompts, responses):
     return torch.cat(out)
 
 
-def test_logprobs_and_gradients_equal_the_unpacked_model(world):
+@pytest.mark.parametrize("frozen", [False, True], ids=["tower learns", "tower frozen"])
+def test_logprobs_and_gradients_equal_the_unpacked_model(world, frozen):
     policy, plain, prompts, responses = world
     responses[1][0][2] = 40  # transformers takes a sampled picture token for a picture
+    policy.freeze_vision_tower(frozen)
+    assert policy.vision_frozen or policy.vision_parameters
     ours, theirs = packed(policy, prompts, responses), one_by_one(plain, policy, prompts, responses)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     weights = torch.randn_like(ours.detach())
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
+    tower = {id(p) for p in policy.vision_parameters}
     for (name, a), b in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
+        if frozen and id(a) in tower:
+            assert a.grad is None
+            continue
         error = (a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-12)
         assert error < 1e-5, f"{name}: relative error of the gradient {error}"
 
@@ -58,7 +69,7 @@ def test_a_picture_token_that_a_policy_samples_is_a_token_like_any_other(world):
     embeddings = policy.model.get_input_embeddings()
     sampled = int(np.flatnonzero(plan.tokens[plan.prompt_tokens :] == IMAGE)[0]) + plan.prompt_tokens
     seen = {}
-    hook = policy.family.language_model(policy.model).register_forward_pre_hook(
+    hook = policy.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
     policy.hidden(plan, Vision(policy).features(plan.media))
@@ -101,6 +112,7 @@ def test_permuting_responses_and_groups_permutes_the_logprobs(world):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@with_pictures
 def test_one_picture_in_two_prompts_is_encoded_once_and_learns_from_both(world):
     policy, plain, prompts, responses = world
     plan = Plan([prompts[0], prompts[2]], [responses[0], responses[2]])
@@ -109,10 +121,12 @@ def test_one_picture_in_two_prompts_is_encoded_once_and_learns_from_both(world):
     theirs = one_by_one(plain, policy, [prompts[0], prompts[2]], [responses[0], responses[2]])
     ours.sum().backward()
     theirs.sum().backward()
-    a, b = (m.model.visual.patch_embed.proj.weight.grad for m in (policy.model, plain))
+    name = next(n for n, p in policy.model.named_parameters() if p is policy.vision_parameters[0])
+    a, b = (m.get_parameter(name).grad for m in (policy.model, plain))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@with_pictures
 def test_a_frozen_tower_runs_once_for_a_picture(world, monkeypatch):
     policy, _, prompts, _ = world
     policy.freeze_vision_tower(True)
@@ -140,6 +154,7 @@ def test_an_empty_prompt_is_refused():
         Plan([Prompt(np.array([], dtype=np.int64), (), {}, "", "rows.jsonl:3")])
 
 
+@one_family
 def test_equal_plans_have_equal_hashes_and_others_do_not(world):
     _, _, prompts, responses = world
     before = Plan(prompts, responses).hash

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -15,27 +16,6 @@ from cosmo_fast.checkpoint import checkpoints
 from cosmo_fast.config import load_config
 from cosmo_fast.models import load_policy
 from cosmo_fast.trainer import Trainer, learning_rate
-
-RECIPE = """
-output_dir: {out}
-model_name_or_path: {world}/model
-max_completion_length: 40
-logging_steps: 2
-stages:
-  - {{name: cold, kind: sft, train_dataset: {world}/train.jsonl, max_steps: 6, per_device_train_batch_size: 16,
-     learning_rate: 2.0e-3, warmup_steps: 2}}
-  - {{name: rl, kind: rl, train_dataset: {{{world}/rl_safety.jsonl: 2, {world}/rl.jsonl: 1}}, max_steps: 6,
-     per_device_train_batch_size: 24, num_generations: 4, learning_rate: 1.0e-4, loss_type: cpgd,
-     freeze_vision_tower: true}}
-eval: {{datasets: {{scenes: {world}/scenes.jsonl}}, limit: 24}}
-"""
-
-
-@pytest.fixture
-def recipe(small_world, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(out=tmp_path / "run", world=small_world))
-    return path
 
 
 def run(recipe, *flags):
@@ -238,9 +218,15 @@ def test_learning_rates_warm_up_then_follow_their_shape(recipe):
     assert learning_rate(cosine, 4) == pytest.approx(1e-3)
 
 
-def test_dry_run_prints_config_arithmetic_and_prompt_and_writes_nothing(recipe, tmp_path, capsys):
-    assert train.main(["--config", str(recipe), "--seed", "5", "--dry-run"]) == 0
+def test_dry_run_prints_config_arithmetic_memory_and_prompt_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--lora_r=4"]
+    assert train.main(["--config", str(recipe), "--seed", "5", "--dry-run", *flags]) == 0
     out = capsys.readouterr().out
+    assert "of them in the adapter, float32" in out
+    assert (
+        all(int(n) > 7 for n in re.findall(r"predicted peak memory +(\d+) MiB", out)) and out.count("peak memory") == 2
+    )
     assert "seed: 5" in out and "completions a rollout       24" in out and "prompts a rollout           6" in out
     assert "<|vision_start|><|image_pad|><|vision_end|>" in out
     assert not (tmp_path / "run").exists()
@@ -287,8 +273,6 @@ def test_a_bad_row_stops_the_run_before_it_begins(recipe, small_world, tmp_path,
 
 
 def assert_error(capsys, message):
-    import re
-
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "Traceback" not in error and re.search(message, error), error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +27,36 @@ class Encoder:
     ):
         self.policy = policy
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
-        self.image_id = policy.tokenizer.convert_tokens_to_ids(policy.family.IMAGE_TOKEN)
+        self.image_id: int | None = None
+        if policy.family.IMAGE_TOKEN is not None:
+            self.image_id = self._id(policy.family.IMAGE_TOKEN)
+            self._before, self._after = ([self._id(token)] if token else [] for token in policy.family.AROUND_IMAGE)
+        self._control = _control_tokens(policy)
         self._grids: dict[Path, tuple[int, int, int]] = {}
 
     def prompt(self, row: Row) -> Prompt:
         """The row's conversation up to the answer, as the policy is asked.
 
         Raises:
-            DataError: picture tokens and pictures do not match, or the prompt is longer than ``max_prompt_length``.
+            DataError: picture tokens and pictures do not match, the model takes no pictures, a text holds a control
+                token, or the prompt is longer than ``max_prompt_length``.
         """
-        text = self.policy.tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+        text = self.policy.tokenizer.apply_chat_template(self._chat(row), tokenize=False, add_generation_prompt=True)
         ids = np.asarray(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        slots = np.flatnonzero(ids == self.image_id)
+        slots = np.flatnonzero(ids == self.image_id) if self.image_id is not None else np.array([], dtype=np.int64)
         if len(slots) != len(row.images):
             raise DataError(
                 f"{row.source}: {len(row.images)} image(s), but the rendered prompt has {len(slots)} image slot(s); "
                 "check the {'type': 'image'} parts of messages and the model's chat template"
             )
         media, pieces, done, offset = [], [], 0, 0
+        time_step = 1.0 if self.policy.family.ROTARY_AXES == 3 else None
         for slot, path in zip(slots, row.images, strict=True):
-            offset += slot - done
-            entry = Media(str(path), int(offset), self._grid(path, row.source))
+            offset += slot - done + len(self._before)
+            entry = Media(str(path), int(offset), self._grid(path, row.source), time_step)
             media.append(entry)
-            pieces += [ids[done:slot], np.full(entry.rows, self.image_id)]
-            offset, done = offset + entry.rows, slot + 1
+            pieces += [ids[done:slot], self._before, np.full(entry.rows, self.image_id), self._after]
+            offset, done = offset + entry.rows + len(self._after), slot + 1
         expanded = np.concatenate([*pieces, ids[done:]]).astype(np.int64)
         if self.max_prompt_length is not None and len(expanded) > self.max_prompt_length:
             raise DataError(
@@ -78,14 +85,53 @@ class Encoder:
             )
         return target
 
+    def _id(self, token: str) -> int:
+        found = self.policy.tokenizer.convert_tokens_to_ids(token)
+        if found is None or found == self.policy.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no {token!r}, which stands for a picture in this model's prompts")
+        return found
+
+    def _chat(self, row: Row) -> list[dict]:
+        """The prompt's messages as the chat template takes them: texts alone are strings for a text-only model."""
+        for message in row.messages:
+            for part in message["content"]:
+                if found := next((token for token in self._control if token in part.get("text", "")), None):
+                    raise DataError(f"{row.source}: the text holds the control token {found!r} of this model")
+        if self.image_id is not None:
+            return row.prompt
+        if row.images:
+            raise DataError(
+                f"{row.source}: {len(row.images)} image(s), but a {self.policy.model.config.model_type!r} model takes "
+                "none; remove the row's images or use a vision-language model"
+            )
+        return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in row.prompt]
+
     def _grid(self, path: Path, source: str) -> tuple[int, int, int]:
         if path not in self._grids:
             with Image.open(path) as image:
                 width, height = image.size
                 if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side; decoded upright
                     width, height = height, width
+            policy = self.policy
             try:
-                self._grids[path] = self.policy.family.grid_after_merge(self.policy.image_processor, height, width)
+                self._grids[path] = policy.family.grid_after_merge(
+                    policy.model.config, policy.image_processor, height, width
+                )
             except ValueError as error:
                 raise DataError(f"{source}: {path} of {width}x{height} pixels: {error}") from error
         return self._grids[path]
+
+
+def _control_tokens(policy: Policy) -> list[str]:
+    """Added tokens that make a turn, a picture slot or an end: written out in a text they would be taken for one."""
+    tokenizer, template = policy.tokenizer, str(policy.tokenizer.chat_template)
+    known = {tokenizer.bos_token, tokenizer.eos_token, policy.family.IMAGE_TOKEN}
+    if policy.family.IMAGE_TOKEN is not None:
+        known |= {*policy.family.AROUND_IMAGE}
+    # DeepSeek's turn marks are not flagged as special; <think> is not either, and texts may hold it.
+    return [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.content in known
+        or (token.content in template and (token.special or re.fullmatch("<[|\uff5c].+[|\uff5c]>", token.content)))
+    ]

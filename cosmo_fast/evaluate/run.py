@@ -12,17 +12,15 @@ from cosmo_fast.models.vision import Vision
 from cosmo_fast.rollout import Sampler, SamplingParams
 
 
-def complete(
-    policy: Policy, rows: list[Row], params: SamplingParams, *, batch_size: int = 256, seed: int = 0
-) -> list[str]:
-    """One completion a row, decoded without special tokens, in the order of the rows."""
+def complete(policy: Policy, rows: list[Row], params: SamplingParams, *, seed: int = 0, **bounds: int) -> list[str]:
+    """One completion a row, decoded without special tokens, in the order of the rows; ``bounds`` are Sampler's."""
     encoder = Encoder(policy)
-    sampler = Sampler(policy, Vision(policy), batch_size)
+    sampler = Sampler(policy, Vision(policy), **bounds)
     groups = sampler.generate([encoder.prompt(row) for row in rows], params, seed=seed)
     return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
 
 
-def evaluate(policy: Policy, rows: list[Row], *, max_completion_length: int, batch_size: int = 256) -> dict[str, Any]:
-    """:func:`cosmo_fast.evaluate.score` of greedy completions."""
+def evaluate(policy: Policy, rows: list[Row], *, max_completion_length: int, **bounds: int) -> dict[str, Any]:
+    """:func:`cosmo_fast.evaluate.score` of greedy completions; ``bounds`` are Sampler's."""
     params = SamplingParams(max_completion_length=max_completion_length, temperature=0)
-    return score([row.columns for row in rows], complete(policy, rows, params, batch_size=batch_size))
+    return score([row.columns for row in rows], complete(policy, rows, params, **bounds))

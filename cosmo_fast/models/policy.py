@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cosmo_fast import ops
-from cosmo_fast.models import qwen2_5_vl
+from cosmo_fast.models import adapter as lora
+from cosmo_fast.models import internvl, qwen2_vl, qwen3_vl, text
 from cosmo_fast.plan import Plan
 
-FAMILIES = {qwen2_5_vl.MODEL_TYPE: qwen2_5_vl}
+FAMILIES = {name: family for family in (internvl, qwen2_vl, qwen3_vl, text) for name in family.MODEL_TYPES}
 
 
 class PackedForward:
@@ -32,11 +34,12 @@ class Policy:
 
     Attributes:
         model: the transformers model. tokenizer, image_processor: its own. family: the module of its architecture.
-        eos_ids: ids that end a response.
+        eos_ids: ids that end a response. adapter: its LoRA adapter, or None.
     """
 
     def __init__(self, model: nn.Module, tokenizer, image_processor, family):
         self.model, self.tokenizer, self.image_processor, self.family = model, tokenizer, image_processor, family
+        self.adapter: lora.Adapter | None = None
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = sorted({*(i for i in eos if i is not None), tokenizer.eos_token_id})
@@ -52,35 +55,66 @@ class Policy:
         return self.model.get_output_embeddings().weight
 
     @property
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Those of the tower, its merger or projector included."""
+        parts = [f".{part}." for part in self.family.VISION_PARTS]
+        return [p for name, p in self.model.named_parameters() if any(part in f".{name}" for part in parts)]
+
+    @property
     def vision_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.family.vision_parameters(self.model))
+        return not any(p.requires_grad for p in self.vision_parameters)
 
     def freeze_vision_tower(self, frozen: bool) -> None:
-        """The whole tower, its merger included, learns or not."""
-        for parameter in self.family.vision_parameters(self.model):
-            parameter.requires_grad_(not frozen)
+        """The whole tower, its merger included, learns or not; with an adapter, what the adapter has there."""
+        added = None if self.adapter is None else {id(p) for p in self.adapter.parameters.values()}
+        for parameter in self.vision_parameters:
+            if added is None or id(parameter) in added:
+                parameter.requires_grad_(not frozen)
+
+    def checkpoint_gradients(self) -> None:
+        """Keeps only the layers' inputs for the backward, which computes each layer again.
+
+        transformers checkpoints layers that train; here only the layers themselves are told so, what is inside them
+        stays in evaluation, so that no dropout comes back.
+
+        Raises:
+            ValueError: the architecture has no layers that can be checkpointed.
+        """
+        # The older name warns where the newer one is there.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
     def hidden(self, plan: Plan, features: torch.Tensor | None, attention=None) -> torch.Tensor:
         """Final hidden states (T, d) of a packed micro-batch.
 
         Args:
-            plan: the layout. features: vision features (m, d) of ``plan.media``, in that order, or None without any.
+            plan: the layout. features: the family's vision features (m, ...) of ``plan.media``, in that order, or None
+                without any.
             attention: who attends to whom; by default the plan's prompts and responses.
         """
         embeddings = self.model.get_input_embeddings()(plan.tensor("tokens", self.device))
+        inputs: dict[str, Any] = {}
         if len(plan.image_rows):
             rows, of = plan.tensor("image_rows", self.device), plan.tensor("feature_rows", self.device)
-            embeddings = embeddings.index_copy(0, rows, features.to(embeddings.dtype).index_select(0, of))
-        return self.forward(embeddings, plan.tensor("positions", self.device), attention or PackedForward(plan))
+            picked = features.to(embeddings.dtype).index_select(0, of)
+            embeddings, inputs = self.family.language_inputs(embeddings, rows, picked)
+        attention = attention or PackedForward(plan)
+        return self.forward(embeddings, plan.tensor("positions", self.device), attention, **inputs)
 
-    def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
-        """Language model on (T, d) embeddings at (3, T) positions -> final hidden states (T, d)."""
-        return self.family.language_model(self.model)(
+    def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, attention, **inputs) -> torch.Tensor:
+        """Language model on (T, d) embeddings at (3, T) positions -> final hidden states (T, d).
+
+        ``inputs`` are what the family's ``language_inputs`` adds. No mask is made: the plan decides who sees whom.
+        """
+        return self.model.get_decoder()(
             inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(1),
-            attention_mask={"full_attention": None, "sliding_attention": None},
+            position_ids=positions.unsqueeze(1) if self.family.ROTARY_AXES == 3 else positions[:1],
             use_cache=False,
             plan=attention,
+            **inputs,
         ).last_hidden_state[0]
 
     def logprobs(
@@ -92,20 +126,40 @@ class Policy:
             hidden, self.head_weight, plan.tensor("targets", self.device), temperature=temperature
         )
 
-    def save(self, folder: Path) -> None:
-        """An ordinary Hugging Face folder: weights, config, tokenizer, chat template, image processor."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, *, merged: bool = False) -> None:
+        """An ordinary Hugging Face folder: weights, config, tokenizer, chat template, image processor.
+
+        merged: of a policy with an adapter, the complete model; otherwise the adapter as PEFT reads it, and no weights
+        of the base.
+        """
+        if self.adapter is not None and not merged:
+            self.adapter.save(folder)
+            self.model.config.save_pretrained(folder)  # the dtype that the adapter was trained on
+        else:
+            state = None if self.adapter is None else self.adapter.merged()
+            self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
 
 
-def load_policy(name_or_path: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Policy:
-    """Loads a model folder or hub name as a :class:`Policy` in fp32.
+def load_policy(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Policy:
+    """Loads a model folder, an adapter's folder (with the base model that it names) or a hub name as a :class:`Policy`.
+
+    dtype: None for the one it was saved in, fp32 where that is neither.
 
     Raises:
         ValueError: no model there, or an architecture that the packed forward does not know.
     """
     path = Path(name_or_path)
+    if (path / lora.CONFIG).is_file():
+        return _load_with_adapter(path, device, trust_remote_code, dtype)
     if path.is_absolute() and not (path / "config.json").is_file():
         raise ValueError(f"model_name_or_path={str(path)!r} is not a model folder: it has no config.json")
     try:
@@ -117,8 +171,21 @@ def load_policy(name_or_path: str | Path, *, device: str = "cpu", trust_remote_c
         raise ValueError(
             f"model_name_or_path={str(name_or_path)!r} is a {config.model_type!r} model; supported: {sorted(FAMILIES)}"
         )
-    model = family.load(name_or_path).to(device)
+    saved = str(config.dtype).removeprefix("torch.")
+    dtype = dtype or ("bfloat16" if saved == "bfloat16" else "float32")
+    model = family.MODEL.from_pretrained(name_or_path, dtype=getattr(torch, dtype)).to(device)
     # Dropout would make two passes over the same tokens differ, and with them the first policy ratio.
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     return Policy(model, tokenizer, family.load_image_processor(name_or_path), family)
+
+
+def _load_with_adapter(folder: Path, device: str, trust_remote_code: bool, dtype) -> Policy:
+    base = json.loads((folder / lora.CONFIG).read_text())["base_model_name_or_path"]
+    if not base:
+        raise ValueError(f"{folder / lora.CONFIG} names no base model: set its base_model_name_or_path")
+    if dtype is None and (folder / "config.json").is_file():
+        dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    policy = load_policy(base, device=device, trust_remote_code=trust_remote_code, dtype=dtype)
+    lora.load_adapter(policy, folder)
+    return policy

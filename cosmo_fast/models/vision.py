@@ -58,7 +58,7 @@ class Vision:
         self._features = _ByteLRU(self._features.limit)
 
     def features(self, media: list[Media]) -> torch.Tensor | None:
-        """Features (m, d) of distinct ``media``, in order; None without any. Differentiable unless frozen."""
+        """Features (m, ...) of distinct ``media``, in order; None without any. Differentiable unless frozen."""
         if not media:
             return None
         if not self.policy.vision_frozen:
@@ -71,22 +71,26 @@ class Vision:
             fresh = {m.key: part.clone() for m, part in zip(missing, parts, strict=True)}
         return torch.cat(self._features.take([m.key for m in media], fresh))
 
-    def _run(self, media: list[Media]) -> torch.Tensor:
+    def blank(self, media: list[Media]) -> torch.Tensor:
+        """Features (m, d) of pictures of the same sizes in which every pixel is the mean."""
+        return self._run(media, blank=True)
+
+    def _run(self, media: list[Media], blank: bool = False) -> torch.Tensor:
         keys = [m.key for m in media]
         missing = [key for key in keys if key not in self._patches]
         fresh: dict[str, torch.Tensor] = {}
         if missing:
             images = [open_image(Path(key), max_image_pixels=self.max_image_pixels) for key in missing]
-            patches, grids = self.policy.family.pixels(self.policy.image_processor, images)
-            for key, part, grid in zip(missing, patches.split(grids.prod(-1).tolist()), grids, strict=True):
+            policy = self.policy
+            patches, grids = policy.family.pixels(policy.model.config, policy.image_processor, images)
+            for key, part, grid in zip(missing, patches, grids, strict=True):
                 fresh[key], self._grids[key] = part.clone(), grid
         patches = torch.cat(self._patches.take(keys, fresh))
         grids = torch.stack([self._grids[key] for key in keys])
-        planned = torch.tensor([m.thw for m in media]) * torch.tensor(
-            self.policy.family.merge(self.policy.image_processor)
-        )
+        planned = torch.tensor([m.thw for m in media])
         if not torch.equal(grids, planned):
             wrong = keys[int((grids != planned).any(1).nonzero()[0])]
             raise ValueError(f"{wrong} was encoded for another size than it has now; was the file replaced?")
+        patches = torch.zeros_like(patches) if blank else patches
         device = self.policy.device
         return self.policy.family.vision_features(self.policy.model, patches.to(device), grids.to(device))

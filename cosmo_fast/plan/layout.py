@@ -21,11 +21,17 @@ from cosmo_fast.ops.prefix_attention import Segments
 
 @dataclass(frozen=True)
 class Media:
-    """A picture inside a prompt. ``offset``: row of its first feature in the prompt; ``thw``: grid after the merge."""
+    """A picture or video inside a prompt.
+
+    ``offset``: row of its first feature in the prompt; ``thw``: grid of the features, after the merge. ``time_step``:
+    positions from one frame to the next (Qwen2.5-VL's videos: tokens_per_second · second_per_grid_t; Qwen2-VL's: 1);
+    None where positions count the features like text (InternVL). Qwen3-VL: each frame of a video is a medium.
+    """
 
     key: str
     offset: int
     thw: tuple[int, int, int]
+    time_step: float | None = 1.0
 
     @property
     def rows(self) -> int:
@@ -58,7 +64,9 @@ class Plan:
 
     Attributes (numpy on the host; :meth:`tensor` gives a cached torch copy on a device):
         tokens (T,): ids, all prompts first, then the responses in the order of their prompts.
-        positions (3, T): rotary positions by the Qwen2-VL rule; the three axes are equal for text.
+        positions (3, T): rotary positions by the Qwen2-VL rule; the three axes are equal for text and for media that
+            are counted like text. Text after a medium starts after the maximum of its three axes, as these models were
+            trained; transformers 5.23 leaves the time axis out, which differs for videos longer than high and wide.
         prompt_lengths (g,), response_lengths (n,), response_prompt (n,): the prompt that a response answers.
         next_position (g,): the first position after each prompt.
         media: the distinct pictures, in the order in which their features are concatenated.
@@ -91,11 +99,13 @@ class Plan:
 
     def _place_media(self) -> None:
         media = [(i, m) for i, prompt in enumerate(self.prompts) for m in prompt.media]
+        grids = [(i, m) for i, m in media if m.time_step is not None]
         prompt_positions, self.next_position = _host.mrope_positions(
             self.prompt_lengths,
-            np.array([i for i, _ in media], dtype=np.int64),
-            np.array([m.offset for _, m in media], dtype=np.int64),
-            np.array([m.thw for _, m in media], dtype=np.int64).reshape(-1, 3),
+            np.array([i for i, _ in grids], dtype=np.int64),
+            np.array([m.offset for _, m in grids], dtype=np.int64),
+            np.array([m.thw for _, m in grids], dtype=np.int64).reshape(-1, 3),
+            np.array([m.time_step for _, m in grids], dtype=np.float64),
         )
         response_positions = _ranges(self.next_position[self.response_prompt], self.response_lengths)
         self.positions = np.concatenate(
@@ -143,9 +153,12 @@ class Plan:
     @cached_property
     def segments(self) -> Segments:
         """The part of the plan that :func:`cosmo_fast.ops.prefix_attention` reads."""
-        return Segments(
-            self.prompt_starts, self.prompt_lengths, self.response_starts, self.response_lengths, self.response_prompt
-        )
+        prompts = (self.prompt_starts, self.prompt_lengths)
+        responses = (self.response_starts, self.response_lengths)
+        none = np.zeros_like(self.prompt_starts)
+        own = np.stack([*prompts, *prompts, none, none], 1)
+        shared = np.stack([*responses, *responses, *(x[self.response_prompt] for x in prompts)], 1)
+        return Segments(np.concatenate([own, shared]))
 
     def tensor(self, name: str, device: torch.device | str) -> torch.Tensor:
         """The attribute ``name`` as an int64 tensor on ``device``; made once."""

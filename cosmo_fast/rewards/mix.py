@@ -45,6 +45,12 @@ class MixedRewards:
     weights: torch.Tensor
     names: tuple[str, ...]
 
+    @classmethod
+    def joined(cls, parts: "Sequence[MixedRewards]") -> "MixedRewards":
+        """The samples of several, one after the other."""
+        joint = (torch.cat([getattr(part, name) for part in parts]) for name in ("total", "matrix", "weights"))
+        return cls(*joint, parts[0].names)
+
     def metrics(self) -> dict[str, float]:
         """reward, reward_std, and rewards/<name>/mean|std over the samples that the reward applies to, if any."""
         result = {"reward": self.total.mean().item(), "reward_std": self.total.std(correction=0).item()}

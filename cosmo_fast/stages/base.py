@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from cosmo_fast import ops
 from cosmo_fast.config import Config, StageConfig
+from cosmo_fast.distributed import Ranks
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import TokenBatch, sequence_position
-from cosmo_fast.plan import Plan, Prompt, micro_batches
+from cosmo_fast.plan import GroupSize, Plan, balance, flops
+from cosmo_fast.stages.packed import Group, passes
 
 
 @dataclass
 class Context:
-    """What a stage works with. ``seed`` is the stage's own."""
+    """What a stage works with. ``seed`` is the stage's own; ``backward`` adds a loss's gradient to the parameters'."""
 
     config: Config
     stage: StageConfig
     policy: Policy
     vision: Vision
     seed: int
+    ranks: Ranks = field(default_factory=Ranks)
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
 
 
-@dataclass
-class Group:
-    """A prompt and its responses with what the loss knows of every token; lists have an entry a response.
-
-    ``weights``, ``old_logps``, ``ref_logps``: (R,) arrays; ``advantages``: floats; ``ended``: whether the policy ended
-    the response itself. None where the loss has no use for them.
-    """
-
-    prompt: Prompt
-    responses: list[np.ndarray]
-    weights: list[np.ndarray]
-    advantages: list[float] | None = None
-    old_logps: list[np.ndarray] | None = None
-    ref_logps: list[np.ndarray] | None = None
-    ended: list[bool] | None = None
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt.ids) + sum(len(r) for r in self.responses)
-
-
-def plan_of(groups: list[Group]) -> Plan:
-    """The packed layout of some groups."""
-    return Plan([g.prompt for g in groups], [g.responses for g in groups])
+def own_share(context: Context, groups: list[Group]) -> list[int]:
+    """Indices of the groups that this rank takes."""
+    if context.ranks.world == 1:
+        return list(range(len(groups)))
+    sizes = [GroupSize.of(g.prompt, g.responses) for g in groups]
+    return balance(flops(context.policy).of(sizes), context.ranks.world)[context.ranks.rank]
 
 
 def by_response(values: torch.Tensor, groups: list[Group]) -> list[list[np.ndarray]]:
@@ -93,38 +80,48 @@ def accumulate(
 ) -> tuple[float, dict[str, float], list]:
     """Forward and backward of an optimiser step in micro-batches under ``max_tokens_per_batch``; gradients add up.
 
+    Every rank is given all groups and takes those that :func:`cosmo_fast.plan.balance` gives it.
+
     seed: of the rows that an unbiased ``row_tolerance`` keeps.
 
     Returns:
-        the loss Σ weight · ℓ over all groups, the objective's metrics (means weighted as the tokens are), and for every
-        group the log-probs of its responses (list of arrays).
+        over all ranks the loss Σ weight · ℓ and the objective's metrics (means weighted as the tokens are), and for
+        every group of this rank the log-probs of its responses (list of arrays), None for the others.
     """
-    policy, stage, total, counted = context.policy, context.stage, 0.0, 0.0
-    sums, dropped = defaultdict(float), defaultdict(float)
+    policy, stage, loss, counted = context.policy, context.stage, 0.0, 0.0
+    totals, dropped = defaultdict(float), defaultdict(float)
     logps: list = [None] * len(groups)
-    for indices in micro_batches([g.tokens for g in groups], context.config.max_tokens_per_batch):
-        chosen = [groups[i] for i in indices]
-        plan = plan_of(chosen)
-        hidden = policy.hidden(plan, context.vision.features(plan.media))[plan.tensor("label_rows", policy.device)]
-        batch = token_batch(chosen, plan, policy.device)
+    mine = own_share(context, groups)
+    options: dict = {"temperature": temperature}
+    forwards = passes(
+        policy, context.vision, [groups[i] for i in mine], context.config.max_tokens_per_batch, context.backward
+    )
+    for number, work in enumerate(forwards):
+        batch = token_batch(work.groups, work.plan, policy.device)
         if stage.epsilon_start is not None:
             batch.position = sequence_position(batch.sequence)
-        tolerance = None
         if stage.row_tolerance:
-            seed_here = step_seed(seed, indices[0])
-            tolerance = ops.RowTolerance(stage.row_tolerance, stage.row_tolerance_unbiased, seed_here)
-        options = {"temperature": temperature, "row_tolerance": tolerance}
-        out = ops.linear_policy_loss(hidden, policy.head_weight, batch, objective, **options)
-        out.loss.backward()
+            seed_here = step_seed(seed, context.ranks.rank, number)
+            options["row_tolerance"] = ops.RowTolerance(stage.row_tolerance, stage.row_tolerance_unbiased, seed_here)
+        out = ops.linear_policy_loss(work.hidden, policy.head_weight, batch, objective, **options)
+        # DeepSpeed takes the mean over the ranks; the loss is a sum over all groups.
+        context.backward(out.loss if context.ranks.world == 1 else out.loss * context.ranks.world)
         mass = float(batch.weight.sum())
-        total += float(out.loss.detach())
+        loss += float(out.loss.detach())
         counted += mass
         for name, value in out.metrics.items():
-            sums[name] += float(value) * mass
+            totals[name] += float(value) * mass
         for name, value in (out.dropped or {}).items():
             key = f"row_tolerance/{name}"
-            dropped[key] = tolerance.add(name, dropped[key], float(value))
-        for i, arrays in zip(indices, by_response(out.logp, chosen), strict=True):
-            logps[i] = arrays
-    metrics = {name: value / counted for name, value in sums.items()} if counted else {}
-    return total, metrics | dropped, logps
+            dropped[key] = options["row_tolerance"].add(name, dropped[key], float(value))
+        for i, arrays in zip(work.indices, by_response(out.logp, work.groups), strict=True):
+            logps[mine[i]] = (logps[mine[i]] or []) + arrays
+    everyone = context.ranks.gather((loss, counted, totals, dropped))
+    counted = sum(mass for _, mass, _, _ in everyone)
+    metrics: dict[str, float] = {}
+    for _, _, sums, costs in everyone:
+        for name, value in sums.items() if counted else ():
+            metrics[name] = metrics.get(name, 0.0) + value / counted
+        for key, value in costs.items():
+            metrics[key] = options["row_tolerance"].add(key.split("/")[1], metrics.get(key, 0.0), value)
+    return sum(loss for loss, *_ in everyone), metrics, logps

@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from cosmo_fast import ops
+from cosmo_fast.config import Config, StageConfig
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.evaluate import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
-from cosmo_fast.plan import Prompt, micro_batches
+from cosmo_fast.plan import Prompt
 from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
-from cosmo_fast.stages.base import Context, Group, accumulate, by_response, plan_of, step_seed
+from cosmo_fast.stages.base import Context, accumulate, by_response, own_share, step_seed
+from cosmo_fast.stages.packed import Group, passes
 
 
 class RLStage:
-    """A rollout of ``completions_per_rollout`` responses, then ``num_iterations`` passes of updates over them."""
+    """A rollout of ``completions_per_rollout`` responses, then ``num_iterations`` passes of updates over them.
+
+    There is no pass for the old log-probs: sampler and trainer share weights and forward, so that the sampler's are
+    the old ones, the first ratio is known to be 1, and ``rollout/kl`` shows that it is.
+
+    reference: the policy at the start of the stage, for a stage that is resumed; by default the policy as it is now
+        (with an adapter, the same model).
+    """
 
     def __init__(
-        self, context: Context, mixture: Mixture[Prompt], reward_mix: RewardMix, reference: Policy | None = None
+        self,
+        context: Context,
+        mixture: Mixture[Prompt],
+        reward_mix: RewardMix,
+        reference: Policy | None = None,
+        sampler: Sampler | None = None,
     ):
         self.context, self.mixture, self.reward_mix = context, mixture, reward_mix
         stage = context.stage
         config = context.config
-        self.sampler = Sampler(context.policy, context.vision, config.sampling_batch_size, config.max_tokens_per_batch)
-        self.params = SamplingParams(
-            context.config.max_completion_length, stage.temperature, stage.top_k, stage.top_p, stage.min_p
-        )
+        self.sampler = sampler or own_sampler(config, context.policy, context.vision)
+        self.params = sampling_params(config, stage)
         self.reference = reference
         if stage.beta and reference is None:
-            self.reference = Policy(
-                copy.deepcopy(context.policy.model).requires_grad_(False),
-                context.policy.tokenizer,
-                context.policy.image_processor,
-                context.policy.family,
-            )
+            self.reference = context.policy if context.policy.adapter is not None else _frozen_copy(context.policy)
         aggregation, advantage = DEFAULTS[stage.loss_type]
         self.aggregation, self.advantage = stage.aggregation or aggregation, stage.advantage or advantage
         self.objective = self.later_objective = objective(stage.loss_type, **stage.loss_options)
@@ -73,7 +82,7 @@ class RLStage:
             own.pop("entropy", None)  # of the groups in this update only; the rollout's is logged
             metrics = {"loss": loss, **own}
             if place == 0:
-                metrics |= _mismatch(used, logps)
+                metrics |= _mismatch(self.context, used, logps)
         metrics["timing_s/update"] = time.perf_counter() - started
         metrics["tokens"] = sum(g.tokens for g in (self.groups if place == 0 else groups))
         return {**(self.rollout_metrics if place == 0 else {}), **metrics}
@@ -87,15 +96,18 @@ class RLStage:
         each = stage.num_generations
         started = time.perf_counter()
         context.vision.forget()
-        prompts = self.mixture.draw(stage.completions_per_rollout // each)
+        ranks = context.ranks
+        prompts = self.mixture.draw(stage.completions_per_rollout * ranks.world // each)
         seed = step_seed(context.seed, step)
-        completions = [
-            c for group in self.sampler.generate(prompts, self.params, num_generations=each, seed=seed) for c in group
-        ]
+        options = {"num_generations": each, "seed": seed, "first": ranks.start(len(prompts))}
+        completions = [c for g in self.sampler.generate(ranks.share(prompts), self.params, **options) for c in g]
         sampled = time.perf_counter()
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        owner = [p for p in prompts for _ in range(each)]
+        owner = [p for p in ranks.share(prompts) for _ in range(each)]
         mixed = self.reward_mix([p.text for p in owner], texts, [p.columns for p in owner])
+        shares = ranks.gather((completions, texts, mixed))
+        completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
+        mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
         rewarded = time.perf_counter()
         group_index = torch.arange(len(prompts)).repeat_interleave(each)
         gains = self._advantages(mixed, group_index, completions).tolist()
@@ -143,13 +155,38 @@ class RLStage:
 
     @torch.no_grad()
     def _score_reference(self) -> None:
-        context, vision = self.context, Vision(self.reference, max_image_pixels=self.context.config.max_image_pixels)
-        for indices in micro_batches([g.tokens for g in self.groups], context.config.max_tokens_per_batch):
-            chosen = [self.groups[i] for i in indices]
-            plan = plan_of(chosen)
-            logps, _ = self.reference.logprobs(plan, vision.features(plan.media), context.stage.temperature)
-            for group, arrays in zip(chosen, by_response(logps, chosen), strict=True):
-                group.ref_logps = arrays
+        """Log-probs under the policy at the start of the stage; a frozen tower's features are the rollout's own."""
+        context, vision, adapter = self.context, self.context.vision, self.context.policy.adapter
+        if not context.policy.vision_frozen:
+            vision = Vision(self.reference, max_image_pixels=context.config.max_image_pixels)
+        with nullcontext() if adapter is None else adapter.reference():
+            self._score_groups(vision)
+
+    def _score_groups(self, vision: Vision) -> None:
+        context, reference = self.context, self.reference
+        mine = own_share(context, self.groups)
+        scored: dict[int, list[np.ndarray]] = {i: [] for i in mine}
+        for work in passes(reference, vision, [self.groups[i] for i in mine], context.config.max_tokens_per_batch):
+            targets = work.plan.tensor("targets", reference.device)
+            logps, _ = ops.linear_logprobs(
+                work.hidden, reference.head_weight, targets, temperature=context.stage.temperature
+            )
+            for i, arrays in zip(work.indices, by_response(logps, work.groups), strict=True):
+                scored[mine[i]] += arrays
+        for share in context.ranks.gather(scored):
+            for i, arrays in share.items():
+                self.groups[i].ref_logps = arrays
+
+
+def own_sampler(config: Config, policy: Policy, vision: Vision) -> Sampler:
+    """The sampler on the policy's own weights, within the recipe's bounds."""
+    return Sampler(policy, vision, config.sampling_batch_size, config.max_tokens_per_batch, config.kv_cache_mib)
+
+
+def sampling_params(config: Config, stage: StageConfig) -> SamplingParams:
+    """How the stage draws."""
+    drawn = (stage.temperature, stage.top_k, stage.top_p, stage.min_p, stage.stop_strings)
+    return SamplingParams(config.max_completion_length, *drawn)
 
 
 def _share(groups: list[Group], parts: int, part: int) -> list[Group]:
@@ -175,17 +212,33 @@ def _set_weights(groups: list[Group], aggregation: str, context: Context) -> Non
             group.weights.append(piece if len(piece) == len(response) else np.zeros(len(response), dtype=np.float32))
 
 
-def _mismatch(groups: list[Group], logps: list) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's on the same weights: 0 up to rounding."""
-    counted = np.concatenate([a for g in groups for a in g.weights]) > 0
-    old = np.concatenate([a for g in groups for a in g.old_logps])[counted]
-    new = np.concatenate([a for group in logps for a in group])[counted]
-    if not counted.any():
+def _frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now; a tower that does not learn is shared."""
+    kept = {id(p): p for p in policy.vision_parameters} if policy.vision_frozen else {}
+    model = copy.deepcopy(policy.model, kept).requires_grad_(False)
+    return Policy(model, policy.tokenizer, policy.image_processor, policy.family)
+
+
+def _mismatch(context: Context, groups: list[Group], logps: list) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's on the same weights: 0 up to rounding.
+
+    Raises:
+        FloatingPointError: the mean is over ``max_rollout_kl`` nats a token: sampler and trainer are two policies.
+    """
+    own = [(g, arrays) for g, arrays in zip(groups, logps, strict=True) if arrays is not None]
+    pairs = [(w, old, new) for g, arrays in own for w, old, new in zip(g.weights, g.old_logps, arrays, strict=True)]
+    gaps = np.concatenate([np.zeros(0), *((old - new)[w > 0] for w, old, new in pairs)])
+    shares = context.ranks.gather((gaps.size, gaps.sum(), np.abs(np.expm1(-gaps)).max(initial=0.0)))
+    counts, sums, errors = zip(*shares, strict=True)
+    if not sum(counts):
         return {}
-    return {
-        "rollout/kl": float((old - new).mean()),
-        "rollout/max_ratio_error": float(np.abs(np.expm1(new - old)).max()),
-    }
+    kl, bound = float(sum(sums) / sum(counts)), context.stage.max_rollout_kl
+    if bound is not None and abs(kl) > bound:
+        raise FloatingPointError(
+            f"rollout/kl {kl:.3g} is over max_rollout_kl={bound}: on the same weights the sampler's and the trainer's "
+            "log-probs differ by that much a token. No update was made. Try dtype: float32, or raise max_rollout_kl"
+        )
+    return {"rollout/kl": kl, "rollout/max_ratio_error": float(max(errors))}
 
 
 def _rollout_metrics(
@@ -196,8 +249,7 @@ def _rollout_metrics(
     by_group = mixed.total.view(-1, each)
     return mixed.metrics() | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
-        # Minus the mean log-prob of what was sampled: an unbiased estimate over all groups, idle ones included.
-        "entropy": -float(np.concatenate([c.logps for c in completions]).mean()),
+        "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),  # over all groups, idle ones too
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": 1 - sum(c.ended for c in completions) / len(completions),

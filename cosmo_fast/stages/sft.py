@@ -7,7 +7,8 @@ import numpy as np
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.objectives import sft
 from cosmo_fast.plan import Prompt
-from cosmo_fast.stages.base import Context, Group, accumulate, step_seed
+from cosmo_fast.stages.base import Context, accumulate, step_seed
+from cosmo_fast.stages.packed import Group
 
 
 class SFTStage:
@@ -19,7 +20,9 @@ class SFTStage:
     def step(self, step: int) -> dict[str, float]:
         """Accumulates the gradient of step ``step``; returns its metrics."""
         stage = self.context.stage
-        rows = self.mixture.draw(stage.per_device_train_batch_size * stage.gradient_accumulation_steps)
+        rows = self.mixture.draw(
+            stage.per_device_train_batch_size * stage.gradient_accumulation_steps * self.context.ranks.world
+        )
         tokens = sum(len(target) for _, target in rows)
         groups = [Group(prompt, [target], [np.full(len(target), 1 / tokens)]) for prompt, target in rows]
         loss, metrics, _ = accumulate(self.context, groups, sft(), seed=step_seed(self.context.seed, step, 1))

@@ -1,0 +1,58 @@
+"""The files of a recipe: the embedded world behind ``world:`` names, rows of every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cosmo_fast.config import Config, ConfigError
+from cosmo_fast.data.rows import Row, load_rows
+from cosmo_fast.distributed import Ranks
+
+
+def world_resolver(config: Config, ranks: Ranks):
+    """``world:NAME`` -> a path inside the embedded world, which the first rank builds on first use; others stay."""
+    root = []
+
+    def resolve(name: str) -> str:
+        if not name.startswith("world:"):
+            return name
+        if not root:
+            from cosmo_fast.world import ensure_world
+
+            seed = config.seed if config.world.seed is None else config.world.seed
+            with ranks.in_turn():
+                root.append(ensure_world(seed=seed, cache_dir=config.world.cache_dir, **config.world.sizes))
+        return str(root[0] / name.removeprefix("world:"))
+
+    return resolve
+
+
+def load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[str, dict[str, tuple[list[Row], float]]]:
+    """{stage: {file: (rows, weight)}}, a file read once; ``given`` replaces a stage's files.
+
+    Raises:
+        ConfigError: ``given`` names no stage of the recipe. DataError: a bad row.
+    """
+    unknown = sorted(given.keys() - {s.name for s in config.stages})
+    if unknown:
+        raise ConfigError(
+            f"train_dataset names the stage(s) {unknown}; the recipe has {[s.name for s in config.stages]}"
+        )
+    read_before: dict[tuple[str, bool], list[Row]] = {}
+    stages: dict[str, dict[str, tuple[list[Row], float]]] = {}
+    for stage in config.stages:
+        if stage.name in given:
+            stages[stage.name] = {"train_dataset": (given[stage.name], 1.0)}
+            continue
+        stages[stage.name] = {}
+        for path, weight in stage.datasets.items():
+            key = (path, stage.kind == "sft")
+            if key not in read_before:
+                read_before[key] = read(config, resolve(path), needs_answer=stage.kind == "sft")
+            stages[stage.name][path] = (read_before[key], weight)
+    return stages
+
+
+def read(config: Config, path: str, **options: Any) -> list[Row]:
+    """Rows of a file under the recipe's picture settings."""
+    return load_rows(path, image_root=config.image_root, max_image_pixels=config.max_image_pixels, **options)

@@ -1,0 +1,52 @@
+"""Whether the policy sees its pictures: blank them, and the log-probs of the responses must change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cosmo_fast.plan import Plan
+from cosmo_fast.stages.base import Context
+
+ROWS, TOKENS = 4, 8
+# A picture that reaches no response changes nothing at all; what it adds to a random model is a thousand times this.
+DEAD = 1e-6
+
+
+@torch.no_grad()
+def vision_alive(context: Context, runner, data: dict[str, tuple[list, float]]) -> float | None:
+    """Mean |Δ log-prob| in nats a token between the pictures of the first rows and blank ones; None without pictures.
+
+    Args:
+        context: the stage's. runner: the stage, whose sampler answers where rows have no answer of their own.
+        data: its encoded rows by file, as the trainer has them.
+
+    Raises:
+        ValueError: nothing changes.
+    """
+    policy, vision = context.policy, context.vision
+    rows = [row if isinstance(row, tuple) else (row, None) for encoded, _ in data.values() for row in encoded]
+    rows = [(prompt, answer) for prompt, answer in rows if prompt.media][:ROWS]
+    if not rows:
+        return None
+    prompts = [prompt for prompt, _ in rows]
+    if context.stage.kind == "sft":
+        answers = [answer[:TOKENS] for _, answer in rows]
+    else:
+        params = replace(runner.params, max_completion_length=min(TOKENS, runner.params.max_completion_length))
+        answers = [group[0].ids for group in runner.sampler.generate(prompts, params, seed=context.seed)]
+    vision.forget()
+    plan = Plan(prompts, [[answer] for answer in answers])
+    seen, _ = policy.logprobs(plan, vision.features(plan.media))
+    blind, _ = policy.logprobs(plan, vision.blank(plan.media))
+    vision.forget()
+    change = float((seen - blind).abs().mean())
+    if change < DEAD:
+        raise ValueError(
+            f"model_name_or_path={context.config.model_name_or_path!r} does not see its pictures: with those of "
+            f"{', '.join(p.source for p in prompts)} blanked, the log-probs of the responses change by {change:.2g} "
+            "nats a token. Look at the vision tower's weights (were they all in the folder?), at image_mean and "
+            "image_std of the image processor, and at whether these pictures are blank themselves"
+        )
+    return change
