@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
 PLAIN_CASES = ("full", "half_zero")
+PER_PROMPT = 8  # responses to each prompt in prefix_attention.csv, whose g counts them over all prompts
 YARDSTICKS = ("floor", "floor_reused", "full")  # rows that others are measured by
 
 
@@ -143,6 +144,61 @@ def growth_table(rows: list[dict]) -> str:
     return _markdown(["÷ bare products", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({_source(rows[0])})."
 
 
+def _beside_ours(rows: list[dict], keys: list[str]) -> tuple[list[str], list[list[str]]]:
+    """(providers, a row a case: its keys, ours in ms, every other's time over ours); only cases that we are in."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
+    others = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "cosmo_fast"]
+    body = []
+    for case, found in cases.items():
+        if "cosmo_fast" in found:
+            ours = float(found["cosmo_fast"]["ms_p50"])
+            ratios = [f"{_number(float(found[p]['ms_p50']) / ours)} ×" if p in found else "–" for p in others]
+            body.append([*case, f"{_number(ours)} ms", *ratios])
+    return others, body
+
+
+def train_table(rows: list[dict]) -> str:
+    """One GRPO step by phase, and the peak memory of the update."""
+    rows = [row for row in rows if row["case"].startswith("vision_") or ":" in row["case"]]
+    others, body = _beside_ours(rows, ["case", "phase"])
+    updates = [row for row in rows if row["phase"] == "update" and row["peak_mib"] != "nan"]
+    peaks: dict[str, list[str]] = {}
+    for row in updates:
+        peaks.setdefault(row["case"], []).append(f"{row['provider']} {float(row['peak_mib']):.0f}")
+    told = "; ".join(f"{case}: {', '.join(found)}" for case, found in peaks.items())
+    first = rows[0]
+    what = f"P {first['p']}, G {first['g']}, R {first['r']}, {first['dtype']}; the others' time over ours"
+    table = _markdown(["case", "phase", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
+    return f"{table}\n\n{what} ({_source(first)}). Peak MiB of an update: {told}."
+
+
+def train_growth_table(rows: list[dict]) -> str:
+    """The update over P, G and R."""
+    rows = [row for row in rows if row["case"] == "growth"]
+    others, body = _beside_ours(rows, ["p", "g", "r"]) if rows else ([], [])
+    return _markdown(["P", "G", "R", "cosmo fast", *(name.replace("_", " ") for name in others)], body) if body else ""
+
+
+def attention_table(rows: list[dict]) -> str:
+    """Attention alone, beside the causal pairs that sharing the prompt saves."""
+    keys = ["p", "r", "g", "heads", "kv_heads", "head_size", "dtype"]
+    others, body = _beside_ours(rows, keys)
+    error = {tuple(row[k] for k in keys): row["error_ratio"] for row in rows if row["provider"] == "cosmo_fast"}
+    for cells in body:
+        p, r, g, *_ = case = tuple(cells[: len(keys)])
+        pairs = "–"
+        if r.isdigit():
+            p, r, each = int(p), int(r), PER_PROMPT
+            shared = p * (p + 1) / 2 + each * (r * p + r * (r + 1) / 2)
+            pairs = f"{_number(each * (p + r) * (p + r + 1) / 2 / shared)} ×"
+        cells += [pairs, _number(error[case])]
+    names = [*keys[:4], "kv heads", "head size", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)]
+    table = _markdown([*names, "causal pairs", "error ÷ sdpa's"], body)
+    return f"{table}\n\nForward + backward; the others' time over ours ({_source(rows[0])})."
+
+
 def plain_table(rows: list[dict]) -> str:
     """Every column of a result file as it is; what is the same in all rows stands below."""
     same = {k: v for k, v in rows[0].items() if len(rows) > 1 and all(row[k] == v for row in rows)}
@@ -159,6 +215,10 @@ TABLES = {  # mark: (result file, its table)
     "loss-growth": ("linear_policy_loss_growth.csv", growth_table),
     "loss-cuda": ("linear_policy_loss_cuda.csv", _cases_table),
     "bandwidth-cuda": ("linear_policy_loss_bandwidth_cuda.csv", plain_table),
+    "attention": ("prefix_attention.csv", attention_table),
+    "train": ("train.csv", train_table),
+    "train-growth": ("train.csv", train_growth_table),
+    "attention-cuda": ("prefix_attention_cuda.csv", attention_table),
     "tolerance": ("row_tolerance.csv", plain_table),
 }
 

@@ -17,4 +17,10 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
   m.def(
       "prefix_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, "
       "float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor scale)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, bool weight_wanted) -> (Tensor dx, Tensor "
+      "dweight)");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
 }

@@ -40,8 +40,7 @@ def test_logprobs_and_gradients_are_those_of_one_pass(case, checkpointing):
     policy, groups = case
     whole, wanted, [one] = gradients(policy, groups, 10_000)
     if checkpointing:
-        policy.model.train()
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.checkpoint_gradients()
     parts, found, sizes = gradients(policy, groups, 18)
     assert len(sizes) > 3 and max(sizes) <= 18 < one
     # The two groups come in separate passes, so the order within each is that of its responses.
@@ -49,6 +48,23 @@ def test_logprobs_and_gradients_are_those_of_one_pass(case, checkpointing):
     assert wanted.keys() == found.keys() == dict(policy.model.named_parameters()).keys()
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_in_bf16_the_gradients_are_as_near_to_the_truth_as_those_of_one_pass(case):
+    policy, groups = case
+    groups = groups[:1]
+    weights = {n: p.detach().to(torch.bfloat16) for n, p in policy.model.named_parameters()}
+
+    def error(max_tokens):
+        for name, parameter in policy.model.named_parameters():
+            parameter.data = weights[name].clone()
+        grads = gradients(policy, groups, max_tokens, torch.bfloat16)[1]
+        return sum((grads[n].double() - truth[n]).square().sum() for n in truth).sqrt()
+
+    for name, parameter in policy.model.named_parameters():
+        parameter.data = weights[name].double()
+    truth = gradients(policy, groups, 10_000)[1]
+    assert error(18) <= 1.2 * error(10_000)
 
 
 def test_the_prompt_goes_forward_once_and_the_tower_runs_once(case, monkeypatch):

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cosmo_fast import ops
 from cosmo_fast.models import adapter as lora
 from cosmo_fast.models import internvl, qwen2_vl, qwen3_vl, text
+from cosmo_fast.models.fused import fuse
 from cosmo_fast.plan import Plan
 
 FAMILIES = {name: family for family in (internvl, qwen2_vl, qwen3_vl, text) for name in family.MODEL_TYPES}
@@ -44,6 +45,7 @@ class Policy:
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = sorted({*(i for i in eos if i is not None), tokenizer.eos_token_id})
         family.register_attention(model)
+        fuse(model)
 
     @property
     def device(self) -> torch.device:

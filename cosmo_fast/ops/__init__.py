@@ -7,7 +7,9 @@ from cosmo_fast.ops.linear_kl import KLOutput, linear_kl, linear_kl_reference
 from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_reference
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
 from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
+from cosmo_fast.ops.rms_norm import rms_norm, rms_norm_reference
 from cosmo_fast.ops.row_tolerance import RowTolerance
+from cosmo_fast.ops.swiglu import swiglu, swiglu_reference
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_reference
 
 __all__ = [
@@ -29,6 +31,10 @@ __all__ = [
     "linear_policy_loss_reference",
     "prefix_attention",
     "prefix_attention_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "swiglu",
+    "swiglu_reference",
     "vocab_stats",
     "vocab_stats_reference",
 ]

@@ -17,6 +17,7 @@ from cosmo_fast import ops
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.ops.prefix_attention import Segments
+from cosmo_fast.ops.vocab_stats import statistics_dtype
 from cosmo_fast.plan import GroupSize, Plan, Prompt, micro_batches
 
 
@@ -91,7 +92,8 @@ def _two_phases(policy: Policy, vision: Vision, group: Group, parts: list[list[i
     prefix = _Prefix(Plan([group.prompt]))
     last = policy.hidden(prefix.plan, vision.features(prefix.plan.media), attention=prefix)[-1:]
     made = [last, *prefix.keys, *prefix.values]
-    leaves = [x.detach().requires_grad_(x.requires_grad) for x in made]
+    wide = statistics_dtype(last.dtype)  # the parts' gradients add up in fp32 at least
+    leaves = [x.detach().to(wide).requires_grad_(x.requires_grad) for x in made]
     layers = len(prefix.keys)
     for part in parts:
         chosen = group.only(part)
@@ -102,10 +104,10 @@ def _two_phases(policy: Policy, vision: Vision, group: Group, parts: list[list[i
         states = policy.forward(embeddings, positions[:, plan.prompt_tokens :], attention)
         # A response's first token is predicted by the prompt's last state, which stands before the responses' own.
         rows = plan.tensor("label_rows", policy.device) - (plan.prompt_tokens - 1)
-        yield Pass([], [chosen], plan, torch.cat((leaves[0], states))[rows])
+        yield Pass([], [chosen], plan, torch.cat((leaves[0].to(states.dtype), states))[rows])
     learnt = [(x, leaf.grad) for x, leaf in zip(made, leaves, strict=True) if leaf.grad is not None]
     if learnt:
-        backward(torch.stack([(x * grad).sum() for x, grad in learnt]).sum())
+        backward(torch.stack([(x * grad).sum() for x, grad in learnt]).sum())  # in the wider dtype
 
 
 class _Prefix:
@@ -136,5 +138,5 @@ class _Continuation:
         self.segments, self.keys, self.values = Segments(table), keys, values
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        k, v = torch.cat((self.keys[layer], k)), torch.cat((self.values[layer], v))
+        k, v = (torch.cat((x[layer].to(new.dtype), new)) for x, new in ((self.keys, k), (self.values, v)))
         return ops.prefix_attention(q, k, v, self.segments, scale=scale)
