@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     for sub in (judging, asking):
         sub.add_argument("--max-completion-length", type=positive, default=256, help="tokens")
         sub.add_argument("--batch-size", type=positive, default=256, help="responses decoded at once")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
         sub.add_argument("--kv-cache-mib", type=positive, default=4096, help="bound of the keys and values")
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
@@ -70,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from cosmo_fast.models import load_policy
 
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
-    policy = load_policy(Path(options.checkpoint).absolute())
+    policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
     bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
     result = run(policy, rows, max_completion_length=options.max_completion_length, **bounds)
     print(json.dumps(result, indent=1))
@@ -85,7 +86,7 @@ def generate(options: argparse.Namespace) -> None:
     from cosmo_fast.rollout import Sampler, SamplingParams
 
     row = single_row(options.prompt, [Path(p) for p in options.image])
-    policy = load_policy(Path(options.checkpoint).absolute())
+    policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
     params = SamplingParams(options.max_completion_length, options.temperature, stop_strings=options.stop_strings)
     bounds = {"batch_size": max(options.batch_size, options.num_generations), "kv_cache_mib": options.kv_cache_mib}
     sampler = Sampler(policy, Vision(policy), **bounds)

@@ -18,6 +18,8 @@ ALIASES = {
     "kl_loss_coef": "beta", "ppo_epochs": "num_iterations", "max_response_length": "max_completion_length",
     "lr": "learning_rate", "total_steps": "max_steps", "torch_dtype": "dtype", "lora_rank": "lora_r",
     "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
+    "num_train_epochs": "max_steps", "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta",
+    "bf16": "dtype", "rollout.n": "num_generations",
 }  # fmt: skip
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,11 @@ class Ranks:
             raise ConfigError(f"deepspeed={deepspeed!r} needs the package: pip install deepspeed ({error})") from error
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", "29512")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        library.init_distributed(verbose=False)
+        # The first rank evaluates alone, however long that takes.
+        library.init_distributed(verbose=False, timeout=timedelta(days=1))
 
     @property
     def first(self) -> bool:
@@ -97,6 +100,19 @@ class Ranks:
             torch.distributed.barrier()
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Blocks of a DeepSpeed file whose place is the recipe.
+RECIPES = (
+    "optimizer", "scheduler", "fp16", "bf16", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+
+
 def _settings(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text())
@@ -106,8 +122,10 @@ def _settings(path: str) -> dict[str, Any]:
     stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 2)
     if stage not in (1, 2):
         raise ConfigError(f"deepspeed={path!r}: zero_optimization.stage={stage} is not supported; use 1 or 2")
-    for name in ("optimizer", "scheduler", "fp16", "bf16", "gradient_clipping"):
-        if name in settings and settings[name] not in ({}, {"enabled": False}):
+    for name in RECIPES:
+        block = settings.get(name, {})
+        off = isinstance(block, dict) and name in ("fp16", "bf16") and not block.get("enabled")  # "auto" is ours: off
+        if block != {} and not off:
             raise ConfigError(f"deepspeed={path!r}: {name} is set by the recipe (learning_rate, dtype ...); remove it")
         settings.pop(name, None)
     # The unit of reduction is the optimiser step; how many micro-batches a rank needs for it is our affair.
@@ -131,6 +149,11 @@ class Update:
         """Inside, :meth:`backward` adds up; after it :meth:`norm` and :meth:`step` have the gradients of all ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         yield
+        # What no pass has reached has gradient 0, as it has over ranks: its moments and its decay go on.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``."""
@@ -151,7 +174,10 @@ class Update:
 
 
 class ZeroUpdate(Update):
-    """The same behind a DeepSpeed engine, ZeRO 1 or 2: gradients are reduced and the optimizer's state is sharded."""
+    """The same behind a DeepSpeed engine, ZeRO 1 or 2: gradients are reduced and the optimizer's state is sharded.
+
+    In bf16 micro-batches add up in bf16, as DeepSpeed has it; masters and moments are fp32.
+    """
 
     def __init__(self, policy: Policy, optimizer: AdamW, max_grad_norm: float, ranks: Ranks):
         import deepspeed

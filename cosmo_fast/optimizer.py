@@ -79,7 +79,7 @@ class AdamW(torch.optim.AdamW):
             if entry == "master":
                 owners[name].data.copy_(value)
             else:
-                self.state[owners[name]][entry] = value if entry == "step" else value.to(owners[name].device)
+                self.state[owners[name]][entry] = value.to(owners[name].device)
         self.publish()
 
 

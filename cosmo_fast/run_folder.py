@@ -17,7 +17,8 @@ from cosmo_fast.config import Config, ConfigError, resolved_stage
 MARKER = ".cosmo_fast_run.json"
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json", MARKER)
 _FOLDERS = ("checkpoint-*", ".checkpoint-*", ".model.partial", "samples", "plots")
-# Settings that a resumed run may change: they decide where, how often and how it is shown, not what is computed.
+# Settings that a resumed run may change: they decide where, how often and how it is shown, not what is computed; the
+# sampler's two bounds change last bits only.
 _FREE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "model_name_or_path", "logging_steps",
     "log_completions", "save_steps", "save_total_limit", "eval", "device", "sampling_batch_size",
@@ -50,7 +51,10 @@ def check(folder: Path, config: Config, resume: Path | None, inputs: list[str]) 
             f"output_dir={str(folder)!r} is not empty and holds no run of cosmo_fast; choose another output_dir"
         )
     if resume is None:
-        if not config.overwrite_output_dir:
+        # A run that stopped before its first step has nothing to lose.
+        log = folder / "metrics.jsonl"
+        begun = any(folder.glob("checkpoint-*")) or (log.is_file() and log.stat().st_size > 0)
+        if begun and not config.overwrite_output_dir:
             raise ConfigError(
                 f"output_dir={str(folder)!r} holds an earlier run; set overwrite_output_dir or resume_from_checkpoint "
                 "true, or choose another output_dir"

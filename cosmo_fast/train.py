@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(load_config(known.config, overrides))
         if known.dry_run:
-            describe(trainer)
+            if trainer.ranks.first:
+                describe(trainer)
             return 0
         trainer.train()
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
@@ -55,7 +56,8 @@ def _without_none(value):
 def peak_bytes(trainer, stage) -> int:
     """Peak memory of the stage's largest micro-batch: the longest prompts, every response as long as it may be.
 
-    Weights and optimizer are included; the sampler's keys and values (``kv_cache_mib``) are not, and are gone by then.
+    Weights, optimizer (whole: ZeRO's share is smaller) and the reference of a ``beta`` are included; the sampler's keys
+    and values (``kv_cache_mib``) are not, and are gone by then.
     """
     from cosmo_fast.plan import GroupSize, calibrate, micro_batches
 
@@ -71,7 +73,13 @@ def peak_bytes(trainer, stage) -> int:
     largest = sorted(sizes, key=lambda size: (size.tokens, size.vision), reverse=True)
     largest = (largest * -(-count // len(largest)))[:count]
     batches = micro_batches(largest, trainer.config.max_tokens_per_batch)
-    return max(cost.peak_bytes([largest[i] for i in batch], batch.parts) for batch in batches)
+    peak = max(cost.peak_bytes([largest[i] for i in batch], batch.parts) for batch in batches)
+    if (
+        stage.kind == "rl" and stage.beta and trainer.policy.adapter is None
+    ):  # a second model, its tower shared if frozen
+        tower = {id(p) for p in trainer.policy.vision_parameters} if stage.freeze_vision_tower else set()
+        peak += sum(p.nbytes for p in trainer.policy.model.parameters() if id(p) not in tower)
+    return peak
 
 
 def describe(trainer) -> None:

@@ -30,6 +30,7 @@ from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
 from cosmo_fast.rewards import REWARDS, RewardMix
+from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
@@ -64,7 +65,13 @@ class Trainer:
             self.resume = ckpt.find_checkpoint(self.output_dir, config.resume_from_checkpoint)
             if model is not None:
                 raise ConfigError("resume_from_checkpoint brings its own weights: give no model, or do not resume")
-            run_folder.check_same(ckpt.load_state(self.resume)["config"], config)
+            saved = ckpt.load_state(self.resume)
+            run_folder.check_same(saved["config"], config)
+            if saved.get("ranks", 1) != self.ranks.world:
+                raise ConfigError(
+                    f"resume_from_checkpoint: the run had {saved.get('ranks', 1)} process(es), now {self.ranks.world}; "
+                    "batch sizes are per device, so this would be another run"
+                )
         _check_save_steps(config, self.ranks)
         inputs = [p for s in config.stages for p in s.datasets] + [
             *config.eval.datasets.values(),
@@ -79,8 +86,7 @@ class Trainer:
         self.eval_rows = {
             name: read(config, resolve(path), limit=config.eval.limit) for name, path in config.eval.datasets.items()
         }
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        options = {"device": device, "trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
+        options = {"device": config.device, "trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
         self.load = partial(load_policy, **options)
         self.start = resolve(config.model_name_or_path)
         self.policy = model or self.load(self.start if config.lora_r else self.resume or self.start)
@@ -93,8 +99,9 @@ class Trainer:
         )
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         for rows in self.eval_rows.values():
-            for row in rows:
-                self.encoder.prompt(row)
+            prompts = [self.encoder.prompt(row) for row in rows]
+            params = SamplingParams(config.max_completion_length, temperature=0)
+            own_sampler(config, self.policy, self.vision).store_rows([len(p.ids) for p in prompts], params, 1)
             score([row.columns for row in rows], [""] * len(rows))  # raises where a row cannot be judged
 
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
@@ -121,16 +128,17 @@ class Trainer:
                 sizes = [GroupSize.of(p, longest) for p in prompts]
                 columns = [p.columns for p in prompts]
                 mix = self.reward_mixes[stage.name]
-                for column in columns:
-                    mix.recipe(column)
+                for prompt in prompts:
+                    _at(prompt.source, mix.recipe, prompt.columns)
                 if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
-                    mix([p.text for p in prompts], [""] * len(prompts), columns)
+                    _at(name, mix, [p.text for p in prompts], [""] * len(prompts), columns)
                 score(columns, [""] * len(prompts))
                 params = sampling_params(self.config, stage)
                 lengths = [s.prompt for s in sizes]
                 own_sampler(self.config, self.policy, self.vision).store_rows(lengths, params, stage.num_generations)
                 sources[name] = (prompts, weight)
-            micro_batches(sizes, self.config.max_tokens_per_batch)
+            worst = max(range(len(sizes)), key=lambda i: sizes[i].prompt + max(sizes[i].responses))
+            _at(prompts[worst].source, micro_batches, [sizes[worst]], self.config.max_tokens_per_batch)
         return sources
 
     def train(self) -> dict[str, Any]:
@@ -182,7 +190,8 @@ class Trainer:
         optimizer = _optimizer(self.policy, stage, keep_masters=self.ranks.deepspeed is None)
         if state["step"]:
             mixture.taken.update(state["taken"])
-            ckpt.load_optimizer(self.resume, optimizer)
+            if state["step"] < stage.max_steps:
+                ckpt.load_optimizer(self.resume, optimizer)
         if self.sees is None and (alive := vision_alive(context, runner, self.data[stage.name])) is not None:
             self.sees = alive
             self.console.note(f"vision/alive {alive:.3g}: nats a token by which blank pictures change the log-probs")
@@ -280,13 +289,16 @@ class Trainer:
                 self.policy,
                 rows,
                 max_completion_length=self.config.max_completion_length,
+                stop_strings=stage.stop_strings,
                 batch_size=self.config.eval.batch_size,
+                max_tokens=self.config.max_tokens_per_batch,
                 kv_cache_mib=self.config.kv_cache_mib,
             )
         return splits
 
     def _state(self, position: dict[str, Any]) -> dict[str, Any]:
         done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.resolved()}
+        done["ranks"] = self.ranks.world
         return position | done
 
     def _save(self, optimizer: AdamW | None, position: dict[str, Any]) -> Path:
@@ -295,6 +307,14 @@ class Trainer:
         ends = {self.output_dir / f"checkpoint-{n}" for n in _stage_ends(self.config)}
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
         return folder
+
+
+def _at(where: str, check, *arguments) -> None:
+    """Calls ``check``; what it refuses is said with the place in the data."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -317,6 +337,11 @@ def _prepare(policy: Policy, config: Config) -> None:
     """The dtype, adapter and checkpointing that the recipe asks for."""
     for parameter in policy.model.parameters():  # not the buffers: rotary frequencies stay fp32, as they are loaded
         parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    if config.lora_r and config.deepspeed and config.dtype != "float32":
+        raise ConfigError(
+            f"lora_r={config.lora_r} with dtype={config.dtype} and deepspeed: DeepSpeed would round the "
+            "adapter to bf16; use dtype: float32, or one process"
+        )
     if config.lora_r:
         add_adapter(
             policy,

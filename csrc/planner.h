@@ -137,6 +137,8 @@ struct Search {
   }
 };
 
+constexpr int64_t kSearched = 4096;  // items: the search goes as deep
+
 // Ranks whose heaviest is within a few per cent of the least possible: differencing, which is nearly exact for many
 // items, then a bounded search where it is more than 1 % above what no division can beat.
 inline Lists balance(const double* cost, int64_t n, int64_t ranks) {
@@ -147,7 +149,7 @@ inline Lists balance(const double* cost, int64_t n, int64_t ranks) {
   if (n > 0) least = std::max(least, cost[order[0]]);
   if (n > ranks) least = std::max(least, cost[order[ranks - 1]] + cost[order[ranks]]);  // two of ranks + 1 share one
   double heaviest = *std::max_element(load.begin(), load.end()), goal = 1.01 * least;
-  if (heaviest > goal) {
+  if (heaviest > goal && n <= kSearched) {
     Search search{cost, order, rank_of, rank_of, std::vector<double>(ranks, 0), heaviest, goal, 100000};
     search.descend(0);
     rank_of = search.best_rank_of;

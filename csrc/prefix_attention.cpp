@@ -38,15 +38,19 @@ Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& seg
                   " query heads are not a multiple of ", k.size(1), " key heads");
   const int64_t size = q.size(2);
   STD_TORCH_CHECK(size >= 1 && size <= 256, "the head size must be from 1 to 256, got ", size);
-  STD_TORCH_CHECK(segments.is_cpu() && segments.dim() == 2 && segments.size(1) == 6 && segments.stride(1) == 1 &&
-                      segments.stride(0) == 6 && segments.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(segments.is_cpu() && segments.dim() == 2 && segments.size(1) == 6 &&
+                      (segments.size(0) == 0 || (segments.stride(1) == 1 && segments.stride(0) == 6)) &&
+                      segments.scalar_type() == ScalarType::Long,
                   "segments must be a contiguous (s, 6) int64 tensor on the CPU");
   const int64_t* x = segments.const_data_ptr<int64_t>();
   int64_t covered = 0;
   for (int64_t s = 0; s < segments.size(0); ++s, x += 6) {
-    const bool inside = x[0] >= 0 && x[1] >= 0 && x[0] + x[1] <= q.size(0) && x[2] >= 0 && x[3] >= x[1] &&
-                        x[2] + x[3] <= k.size(0) && x[4] >= 0 && x[5] >= 0 && x[4] + x[5] <= k.size(0);
-    STD_TORCH_CHECK(inside, "segment ", s, " is outside q or k, or has fewer keys than queries");
+    const auto lies = [](int64_t start, int64_t length, int64_t rows) {  // without a sum that could overflow
+      return start >= 0 && length >= 0 && length <= rows && start <= rows - length;
+    };
+    const int64_t keys = k.size(0);
+    const bool inside = lies(x[0], x[1], q.size(0)) && lies(x[2], x[3], keys) && lies(x[4], x[5], keys);
+    STD_TORCH_CHECK(inside && x[3] >= x[1], "segment ", s, " is outside q or k, or has fewer keys than queries");
     covered += x[1];
   }
   STD_TORCH_CHECK(covered == q.size(0), "the segments cover ", covered, " of ", q.size(0), " query rows");
@@ -66,13 +70,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   if constexpr (std::is_same_v<T, bf16>) {
     if (has_tiles()) {
       const int64_t parts = int64_t(plan.parts.size());
-      in_parallel(parts * n.key_heads, [&](int64_t i) { run_tiled(a, i % parts, i / parts); });
+      in_parallel(parts * n.key_heads, [&](int64_t i) { run_tiled(a, i / n.key_heads, i % n.key_heads); });
       return {out, lse};
     }
   }
 #endif
   const int64_t blocks = int64_t(plan.blocks.size());
-  in_parallel(blocks * n.key_heads, [&](int64_t i) { run(a, i % blocks, i / blocks); });
+  in_parallel(blocks * n.key_heads, [&](int64_t i) {  // a part's heads one after the other: their keys are neighbours
+    const Part& part = plan.parts[plan.blocks[i / n.key_heads].part];
+    const int64_t count = part.last_block - part.first_block, x = i - part.first_block * n.key_heads;
+    run(a, part.first_block + x % count, x / count);
+  });
   return {out, lse};
 }
 

@@ -26,7 +26,7 @@ struct Piece {
 };
 
 struct Block {
-  int64_t lanes, first_piece, last_piece, prefix, prefix_length;
+  int64_t lanes, first_piece, last_piece, prefix, prefix_length, part;
 };
 
 // Consecutive blocks of a run: one thread's work in the backward. Its sums of dK and dV lie at `sums`, prefix first.
@@ -71,7 +71,7 @@ struct Plan {
       for (int64_t row = 0; row < x[1] * rep;) {
         if (used == lanes) {
           if (int64_t(blocks.size()) > first_block) blocks.back().lanes = used;
-          blocks.push_back({0, int64_t(pieces.size()), 0, prefix, length});
+          blocks.push_back({0, int64_t(pieces.size()), 0, prefix, length, 0});
           used = 0;
         }
         const int64_t n = std::min(lanes - used, x[1] * rep - row);
@@ -91,6 +91,7 @@ struct Plan {
 
   void add_part(int64_t first_block, int64_t last_block, int64_t rep) {
     parts.push_back({first_block, last_block, sums});
+    for (int64_t b = first_block; b < last_block; ++b) blocks[b].part = int64_t(parts.size()) - 1;
     const Block& block = blocks[first_block];
     if (block.prefix_length > 0) add_share(block.prefix, block.prefix_length);
     const int64_t end = blocks[last_block - 1].last_piece;

@@ -66,24 +66,78 @@ COSMO_INLINE void soften(A* p, int64_t n, const A* limits, A scale, A* m, A* l, 
   put(alpha, factor);
 }
 
+constexpr int64_t kFew = 6;  // from 8 on, a short tile takes longer this way
+
+// A tile of own keys for a piece of `rows` <= kFew lanes, as in decoding: keys, then features, are the lanes of
+// vectors, so that nothing is computed for lanes of others. Every sum runs in the same order as there. q and out are
+// (rows, padded); limits, m and l have an element a row; `space` is for (kFew + kTile) * padded + kTile * kFew.
+template <class A>
+COSMO_INLINE void add_few(Rows<A> k, Rows<A> v, int64_t n, int64_t rows, int64_t padded, A scale, const A* limits,
+                          const A* q, A* out, A* m, A* l, A* space) {
+  using V = Vector<A>;
+  constexpr int64_t w = kWidth<A>;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  A *p = space, *sums = p + kFew * kTile, *turned = sums + kFew * padded;
+  const V zero{};
+  V place{}, x[w];
+  for (int64_t i = 0; i < w; ++i) place[i] = A(i);
+  for (int64_t j = 0; j < n; j += w) {
+    for (int64_t d = 0; d < padded; d += w) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < w; ++i) x[i] = get(k.data + std::min(j + i, n - 1) * k.stride + d);
+      turn_square(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < w; ++i) put(turned + (d + i) * kTile + j, x[i]);
+    }
+  }
+  multiply<A>({rows, (n + w - 1) / w, padded, q, padded, 1, turned, kTile, p, kTile, Into::kZero, nullptr});
+  A factors[kFew];
+  for (int64_t r = 0; r < rows; ++r) {
+    A *s = p + r * kTile, most = m[r], total[2] = {};
+    const V limit = zero + limits[r];
+    V top = zero + most;
+    for (int64_t j = 0; j < n; j += w) top = larger(place + A(j) < limit ? get(s + j) * scale : zero + kNone, top);
+    for (int64_t i = 0; i < w; ++i) most = top[i] > most ? top[i] : most;
+    const A base = most == kNone ? A(0) : most;
+    V shift = zero + (m[r] - base);
+    factors[r] = exp_bounded(shift)[0];
+    for (int64_t j = 0; j < n; j += w) {
+      V y = get(s + j) * scale - base;
+      y = place + A(j) < limit ? y : zero + kNone;
+      put(s + j, exp_bounded(y));
+    }
+    for (int64_t j = 0; j < n; ++j) total[j % 2] += s[j];
+    m[r] = most;
+    l[r] = l[r] * factors[r] + (total[0] + total[1]);
+  }
+  multiply<A>({rows, padded / w, n, p, kTile, 1, v.data, v.stride, sums, padded, Into::kZero, nullptr});
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; limits[r] > 0 && d < padded; d += w) {
+      A* to = out + r * padded + d;
+      put(to, get(sums + r * padded + d) + get(to) * factors[r]);
+    }
+  }
+}
+
 template <class T, class A>
 COSMO_INLINE void forward_block(const Forward<T, A>& a, int64_t index, int64_t h) {
   constexpr int64_t w = kWidth<A>, lanes = kLanes<A>;
   const int64_t size = a.n.size, rep = a.n.rep;
   const Block& block = a.plan.blocks[index];
   const int64_t padded = a.n.padded;
-  A* q = scratch<A>((3 * padded + 4 + kTile) * lanes + (std::is_same_v<T, A> ? 0 : kTile * size));
+  A* q = scratch<A>((3 * padded + 4 + kTile) * lanes + (kFew + kTile) * padded + kTile * (2 * size + kFew));
   A *out = q + padded * lanes, *p = out + padded * lanes, *m = p + kTile * lanes, *l = m + lanes, *alpha = l + lanes;
   A *limits = alpha + lanes, *rows = limits + lanes, *space = rows + padded * lanes;
+  const int64_t all = (block.lanes + w - 1) / w;
   std::fill(out, p, A(0));
-  std::fill(rows, space, A(0));
+  std::fill(rows, rows + all * w * padded, A(0));
   std::fill(m, l, -std::numeric_limits<A>::infinity());
   std::fill(l, alpha, A(0));
   each_lane(a.plan, block, rep, h, [&](int64_t lane, int64_t token, int64_t head) __attribute__((always_inline)) {
     const T* from = a.q.at(token, head);
     for (int64_t d = 0; d < size; ++d) rows[lane * padded + d] = load(from[d]);
   });
-  turn_matrix<Vector<A>>(lanes, padded, rows, padded, q, lanes);
+  turn_matrix<Vector<A>>(all * w, padded, rows, padded, q, lanes);
   auto tile = [&](int64_t row, int64_t n, int64_t first, int64_t last, bool masked) __attribute__((always_inline)) {
     const int64_t at = first * w, vectors = last - first;
     Rows<A> x = rows_of<T, A>(a.k, row, h, n, size, space);
@@ -96,23 +150,34 @@ COSMO_INLINE void forward_block(const Forward<T, A>& a, int64_t index, int64_t h
     multiply<A>({size, vectors, n, x.data, 1, x.stride, p + at, lanes, out + at, lanes,
                  masked ? Into::kSome : Into::kScaled, alpha + at});
   };
-  const int64_t all = (block.lanes + w - 1) / w;
   for (int64_t start = 0; start < block.prefix_length; start += kTile) {
     tile(block.prefix + start, std::min(kTile, block.prefix_length - start), 0, all, false);
   }
+  auto few = [&](const Piece& piece) { return piece.end - piece.begin <= kFew && size == padded; };
   for (int64_t i = block.first_piece; i < block.last_piece; ++i) {
     const Piece& piece = a.plan.pieces[i];
     const int64_t first = piece.begin / w, last = (piece.end + w - 1) / w, keys = piece.limit(piece.end - 1, rep);
-    for (int64_t start = 0; start < keys; start += kTile) {
+    for (int64_t start = 0; !few(piece) && start < keys; start += kTile) {
       const int64_t n = limits_of(piece, start, rep, first * w, last * w, limits);
       tile(piece.keys + start, n, first, last, true);
     }
   }
-  turn_matrix<Vector<A>>(padded, all * w, out, lanes, rows, padded);
+  turn_matrix<Vector<A>>(padded, all * w, out, lanes, q, padded);  // the queries are still there, in rows
+  for (int64_t i = block.first_piece; i < block.last_piece; ++i) {
+    const Piece& piece = a.plan.pieces[i];
+    const int64_t at = piece.begin, keys = few(piece) ? piece.limit(piece.end - 1, rep) : 0;
+    for (int64_t start = 0; start < keys; start += kTile) {
+      const int64_t n = limits_of(piece, start, rep, at, piece.end, limits);
+      const Rows<A> k = rows_of<T, A>(a.k, piece.keys + start, h, n, size, space);
+      const Rows<A> v = rows_of<T, A>(a.v, piece.keys + start, h, n, size, space + kTile * size);
+      add_few(k, v, n, piece.end - at, padded, a.scale, limits + at, rows + at * padded, q + at * padded, m + at,
+              l + at, space + 2 * kTile * size);
+    }
+  }
   each_lane(a.plan, block, rep, h, [&](int64_t lane, int64_t token, int64_t head) __attribute__((always_inline)) {
     T* to = a.out.at(token, head);
     const A inverse = A(1) / l[lane];
-    for (int64_t d = 0; d < size; ++d) store(to + d, rows[lane * padded + d] * inverse);
+    for (int64_t d = 0; d < size; ++d) store(to + d, q[lane * padded + d] * inverse);
     a.lse[token * a.n.key_heads * rep + head] = m[lane] + std::log(l[lane]);
   });
 }

@@ -68,12 +68,6 @@ def test_parts_are_the_fewest_and_the_largest_is_as_small_as_it_can_be():
         assert len(parts) == fewest and max(costs[p].sum() for p in parts) == smallest
 
 
-def test_vision_that_holds_memory_counts_in_the_budget():
-    sizes = [GroupSize(100, (10,), 80)] * 2
-    assert micro_batches(sizes, 220) == [[0, 1]]
-    assert micro_batches(sizes, 220, vision_tokens=0.5) == [[0], [1]]
-
-
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -257,7 +251,7 @@ def test_a_frozen_tower_holds_nothing_for_the_backward_and_costs_a_third(measure
     frozen = calibrate(policy, vision, prompts, cache_dir=tmp_path)
     assert flops(policy) == replace(counted, vision=counted.vision / 3)
     policy.freeze_vision_tower(False)
-    assert frozen.vision_tokens < 0.05 * learning.vision_tokens
+    assert frozen.memory.held_vision < 0.05 * learning.memory.held_vision
     assert frozen.memory.static < learning.memory.static
 
 

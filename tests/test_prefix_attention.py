@@ -129,8 +129,8 @@ def test_error_is_no_more_than_that_of_unshared_flash_attention(dtype, bound, si
         assert error(a, exact) <= bound * error(b, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, shared, size", [(4, 2, 32), (8, 1, 20), (3, 3, 64)])
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES))
+@pytest.mark.parametrize("heads, shared, size", [(4, 2, 32), (8, 1, 20), (3, 3, 64), (6, 1, 48)])
 def test_shared_packed_alone_and_decoded_give_the_same_bits(dtype, heads, shared, size):
     prompts, responses = [70, 5, 130], [[9, 66], [1], [30, 2, 65]]
     segments = packed(prompts, responses)
@@ -261,3 +261,22 @@ def test_shapes_that_do_not_fit_are_refused():
         prefix_attention(torch.zeros(7, 4, 8), torch.zeros(7, 4, 8), torch.zeros(7, 4, 8).double(), segments)
     with pytest.raises(RuntimeError, match="head size must be from 1 to 256, got 257"):
         prefix_attention(*(torch.zeros(7, 1, 257) for _ in range(3)), segments)
+
+
+def test_keys_that_are_both_own_and_prefix_and_entries_that_overflow_are_refused():
+    with pytest.raises(ValueError, match="its own keys are also its prefix's"):
+        Segments(np.array([[0, 3, 0, 3, 0, 3]]))
+    with pytest.raises(ValueError, match="over 2\\^40"):
+        Segments(np.array([[0, 1, 2**63 - 3, 8, 0, 0]]))
+
+
+def test_a_table_that_is_changed_later_changes_nothing_and_a_second_derivative_is_refused():
+    table = np.array([[0, 3, 0, 3, 0, 0]])
+    layout = Segments(table)
+    q, k, v = (torch.randn(3, 2, 8, requires_grad=True) for _ in range(3))
+    out = prefix_attention(q, k, v, layout)
+    table[0, 3] = 99
+    assert layout.table[0, 3] == 3 and layout.tensor[0, 3] == 3
+    [dq] = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dq.square().sum().backward()

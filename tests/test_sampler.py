@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import END, FAMILIES, IMAGE, VOCAB, make_prompt, padded_logits, save_pictures, tiny_policy
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Plan
@@ -104,6 +105,8 @@ def test_a_small_store_admits_fewer_groups_at_once_and_in_order(world, monkeypat
     prompts, params = prompts * 2, SamplingParams(150, temperature=3.0)
     whole = sampler(policy).generate(prompts, params, num_generations=8, seed=5)
     steps = spy(monkeypatch, Store, "begin")
+    made = []
+    monkeypatch.setattr("cosmo_fast.rollout.sampler.Rows", lambda size: made.append(Rows(size)) or made[-1])
     small = Sampler(policy, Vision(policy), kv_cache_mib=1)
     served = small.generate(prompts, params, num_generations=8, seed=5)
     assert flat(served) == flat(whole)
@@ -111,6 +114,7 @@ def test_a_small_store_admits_fewer_groups_at_once_and_in_order(world, monkeypat
     assert 24 <= live <= 27, f"{live} responses of 150 tokens in 4096 rows"
     admitted = [n for args, *_ in steps for n in args[1][args[1][:, 5] == 0, 3]]
     assert admitted == [len(p.ids) for p in prompts]
+    assert [rows.free for rows in made] == [[(0, 4096)]], "every row is given back"
 
 
 def test_a_group_that_does_not_fit_the_store_is_refused_before_sampling(world):
@@ -194,10 +198,22 @@ def test_filters_keep_what_a_full_stable_sort_keeps(filters):
     p, params = logits.softmax(-1), SamplingParams(1, **filters)
     ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
     drop = (torch.arange(53) >= (params.top_k or 53)) | (ordered < params.min_p * ordered[:, :1])
-    drop |= (ordered.cumsum(-1) - ordered >= params.top_p) & (params.top_p < 1)
+    left = ordered[:, : params.top_k or 53].sum(-1, keepdim=True)
+    drop |= (ordered.cumsum(-1) - ordered >= params.top_p * left) & (params.top_p < 1)
     wanted = torch.zeros_like(p).scatter_(1, order, ordered.masked_fill(drop, 0))
     weights, ids = _filtered(p, params)
     assert torch.equal(weights if ids is None else torch.zeros_like(p).scatter_(1, ids, weights), wanted)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 10, "top_p": 0.8}, {"top_k": 10, "top_p": 0.8, "min_p": 0.1}])
+def test_filters_together_keep_what_transformers_keeps(filters):
+    logits = torch.randn(200, 53, generator=torch.Generator().manual_seed(0))
+    wanted = TopPLogitsWarper(filters["top_p"])(None, TopKLogitsWarper(filters["top_k"])(None, logits))
+    if "min_p" in filters:
+        wanted = MinPLogitsWarper(filters["min_p"])(None, wanted)
+    weights, ids = _filtered(logits.softmax(-1), SamplingParams(1, **filters))
+    kept = weights if ids is None else torch.zeros_like(logits).scatter_(1, ids, weights)
+    assert torch.equal(kept > 0, wanted > -torch.inf)
 
 
 @pytest.mark.parametrize("width", [1, 2, 31, 97, 1000])
@@ -223,8 +239,20 @@ class Pieces:
         self.pieces = [letters[i % 5] * (1 + i % 2) + letters[i // 5 % 5] for i in range(VOCAB)]
         self.all_special_ids, self.added_tokens_decoder, self.eos_token_id = list(special), {}, END
 
+    def __len__(self):
+        return len(self.pieces)
+
     def batch_decode(self, rows, skip_special_tokens):
         return ["".join(self.pieces[i] for i in row if i not in self.all_special_ids) for row in rows]
+
+
+def test_ids_that_the_tokenizer_does_not_know_do_not_hide_a_stop():
+    tokenizer = Pieces()
+    a, b = (tokenizer.pieces.index(text) for text in ("aa", "bb"))
+    stops = StopStrings(tokenizer, ["aabb"])
+    unknown = [len(tokenizer) + 5] * 6
+    tokenizer.batch_decode = lambda rows, skip_special_tokens: ["".join(tokenizer.pieces[i] for i in r) for r in rows]
+    assert stops.completed([np.array([a, *unknown, b]), np.array([a, *unknown])]).tolist() == [True, False]
 
 
 def first_stop(tokenizer, ids, stops):

@@ -293,7 +293,7 @@ def assert_error(capsys, message):
         (["--stages.rl.reward_recipe", "{safety: {nosuch: 1}}"], "unknown reward 'nosuch'"),
         (["--stages.rl.reward_recipe", "{safety: {safety: 1}}"], "has a label without a recipe"),
         (["--save_steps", "4", "--stages.rl.steps_per_generation=3"], "save_steps=4 is not a multiple of the 3"),
-        (["--max_tokens_per_batch", "100"], "is over max_tokens_per_batch=100"),
+        (["--max_tokens_per_batch", "60"], r"\.jsonl:\d+: a prompt of .* is over max_tokens_per_batch=60"),
         (["--sampling_batch_size", "2"], "num_generations=4 is over sampling_batch_size=2"),
         (["--stages.rl.train_dataset", "{}"], "train_dataset names no file"),
         (["--stages.rl.train_dataset", "{a.jsonl: -1}"], "'a.jsonl' has weight -1"),

@@ -108,10 +108,13 @@ class Encoder:
 
     def _grid(self, path: Path, source: str) -> tuple[int, int, int]:
         if path not in self._grids:
-            with Image.open(path) as image:
-                width, height = image.size
-                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side; decoded upright
-                    width, height = height, width
+            try:
+                with Image.open(path) as image:
+                    width, height = image.size
+                    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side; decoded upright
+                        width, height = height, width
+            except OSError as error:
+                raise DataError(f"{source}: {path} cannot be read: {error}") from error
             policy = self.policy
             try:
                 self._grids[path] = policy.family.grid_after_merge(

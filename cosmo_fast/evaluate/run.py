@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cosmo_fast.data.encode import Encoder
@@ -20,7 +21,9 @@ def complete(policy: Policy, rows: list[Row], params: SamplingParams, *, seed: i
     return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
 
 
-def evaluate(policy: Policy, rows: list[Row], *, max_completion_length: int, **bounds: int) -> dict[str, Any]:
+def evaluate(
+    policy: Policy, rows: list[Row], *, max_completion_length: int, stop_strings: Sequence[str] = (), **bounds: int
+) -> dict[str, Any]:
     """:func:`cosmo_fast.evaluate.score` of greedy completions; ``bounds`` are Sampler's."""
-    params = SamplingParams(max_completion_length=max_completion_length, temperature=0)
+    params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings))
     return score([row.columns for row in rows], complete(policy, rows, params, **bounds))

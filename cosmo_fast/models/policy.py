@@ -43,7 +43,12 @@ class Policy:
         self.adapter: lora.Adapter | None = None
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
-        self.eos_ids = sorted({*(i for i in eos if i is not None), tokenizer.eos_token_id})
+        self.eos_ids = sorted({i for i in (*eos, tokenizer.eos_token_id) if i is not None})
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of this {model.config.model_type!r} model has no eos_token to end an answer with; set "
+                "it in tokenizer_config.json"
+            )
         family.register_attention(model)
         fuse(model)
 
@@ -148,18 +153,19 @@ class Policy:
 def load_policy(
     name_or_path: str | Path,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Policy:
     """Loads a model folder, an adapter's folder (with the base model that it names) or a hub name as a :class:`Policy`.
 
-    dtype: None for the one it was saved in, fp32 where that is neither.
+    device: "auto" is CUDA where there is one. dtype: None for the one it was saved in, fp32 where that is neither.
 
     Raises:
-        ValueError: no model there, or an architecture that the packed forward does not know.
+        ValueError: no model there, weights missing, an architecture that the packed forward does not know, no such
+            device.
     """
-    path = Path(name_or_path)
+    path, device = Path(name_or_path), _device(device)
     if (path / lora.CONFIG).is_file():
         return _load_with_adapter(path, device, trust_remote_code, dtype)
     if path.is_absolute() and not (path / "config.json").is_file():
@@ -175,11 +181,28 @@ def load_policy(
         )
     saved = str(config.dtype).removeprefix("torch.")
     dtype = dtype or ("bfloat16" if saved == "bfloat16" else "float32")
-    model = family.MODEL.from_pretrained(name_or_path, dtype=getattr(torch, dtype)).to(device)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    model, found = family.MODEL.from_pretrained(name_or_path, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model_name_or_path={str(name_or_path)!r}: {len(missing)} weights of the model are not in its files, "
+            f"first {missing[0]!r}; is the folder complete?"
+        )
+    model = model.to(device)
     # Dropout would make two passes over the same tokens differ, and with them the first policy ratio.
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     return Policy(model, tokenizer, family.load_image_processor(name_or_path), family)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not there: {error}; use auto or cpu") from error
+    return name
 
 
 def _load_with_adapter(folder: Path, device: str, trust_remote_code: bool, dtype) -> Policy:

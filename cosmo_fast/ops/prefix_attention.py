@@ -38,10 +38,20 @@ class Segments:
         table = self.table
         if table.ndim != 2 or table.shape[1] != len(COLUMNS) or table.dtype != np.int64:
             raise ValueError(f"a table of segments is (s, {len(COLUMNS)}) int64, not {table.shape} {table.dtype}")
-        bad = np.flatnonzero((table < 0).any(1) | (table[:, 3] < table[:, 1]))
+        object.__setattr__(self, "table", table := table.copy())
+        table.setflags(write=False)  # the backward reads it again
+        bad = np.flatnonzero(((table < 0) | (table > 1 << 40)).any(1) | (table[:, 3] < table[:, 1]))
         if len(bad):
             row = dict(zip(COLUMNS, table[bad[0]].tolist(), strict=True))
-            raise ValueError(f"segment {bad[0]} is {row}: no entry may be negative, nor k_length less than q_length")
+            raise ValueError(
+                f"segment {bad[0]} is {row}: no entry may be negative or over 2^40, nor k_length less than q_length"
+            )
+        _, _, starts, lengths, prefix_starts, prefix_lengths = table.T
+        both = (lengths > 0) & (prefix_lengths > 0)
+        twice = both & (starts < prefix_starts + prefix_lengths) & (prefix_starts < starts + lengths)
+        if twice.any():
+            row = dict(zip(COLUMNS, table[np.flatnonzero(twice)[0]].tolist(), strict=True))
+            raise ValueError(f"segment {np.flatnonzero(twice)[0]} is {row}: its own keys are also its prefix's")
         starts, lengths = table[table[:, 1] > 0, :2].T
         order = np.argsort(starts)
         if (starts[order] != np.cumsum(lengths[order]) - lengths[order]).any():
@@ -59,7 +69,7 @@ class Segments:
     @cached_property
     def tensor(self) -> torch.Tensor:
         """The table as the kernel reads it."""
-        return torch.from_numpy(np.ascontiguousarray(self.table))
+        return torch.tensor(self.table)
 
 
 def prefix_attention(
@@ -136,6 +146,7 @@ class _Triton(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         from cosmo_fast.kernels.prefix_attention import prefix_attention_backward as kernel
 
@@ -164,4 +175,9 @@ def _backward(ctx, grad, _lse):
     return *torch.ops.cosmo_fast.prefix_attention_backward(*given, ctx.scale), None, None
 
 
+def _no_second(ctx, *_):
+    raise NotImplementedError("prefix_attention has no second derivative")
+
+
 torch.library.register_autograd("cosmo_fast::prefix_attention", _backward, setup_context=_save)
+torch.library.register_autograd("cosmo_fast::prefix_attention_backward", _no_second)

@@ -39,7 +39,7 @@ class MicroBatch(list[int]):
     parts: list[list[int]] | None = None
 
 
-def micro_batches(sizes: Sequence[GroupSize | int], max_tokens: int, vision_tokens: float = 0.0) -> list[MicroBatch]:
+def micro_batches(sizes: Sequence[GroupSize | int], max_tokens: int) -> list[MicroBatch]:
     """Whole groups in micro-batches of at most ``max_tokens`` tokens, by best-fit decreasing; larger ones in parts.
 
     The budget bounds memory, so it counts what holds memory, and only that: a partition decides in which order floats
@@ -48,8 +48,6 @@ def micro_batches(sizes: Sequence[GroupSize | int], max_tokens: int, vision_toke
     Args:
         sizes: of every group; a plain number of tokens is a group that cannot be parted.
         max_tokens: the budget of one forward and backward.
-        vision_tokens: tokens that hold as much memory as one row of vision features does; 0 for a frozen tower. See
-            :meth:`cosmo_fast.plan.CostModel.vision_tokens`.
 
     Returns:
         micro-batches ordered by their first group.
@@ -58,7 +56,7 @@ def micro_batches(sizes: Sequence[GroupSize | int], max_tokens: int, vision_toke
         ValueError: a prompt with its longest response alone is over the budget.
     """
     sizes = [GroupSize(s) if isinstance(s, int) else s for s in sizes]
-    prompts = [s.prompt + int(np.ceil(vision_tokens * s.vision)) for s in sizes]
+    prompts = [s.prompt for s in sizes]
     tokens = np.array([p + sum(s.responses) for p, s in zip(prompts, sizes, strict=True)], dtype=np.int64)
     batches = []
     for i in np.flatnonzero(tokens > max_tokens).tolist():

@@ -100,11 +100,6 @@ class CostModel:
         """Cost (g,) of every group, without ``start``."""
         return loads(sizes) @ np.array([self.token, self.pair, self.vision, self.row])
 
-    @property
-    def vision_tokens(self) -> float:
-        """Tokens that hold as much memory for the backward as one row of vision features."""
-        return self.memory.held_vision / self.memory.held_token
-
     def peak_bytes(self, sizes: Sequence[GroupSize], parts: list[list[int]] | None = None) -> int:
         """Peak memory of training on a micro-batch of these groups, weights and optimiser included.
 

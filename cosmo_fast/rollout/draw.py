@@ -31,6 +31,8 @@ class SamplingParams:
         for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-6, 1), ("min_p", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [{low}, {high}]")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} is too small to divide by; 0 is greedy")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length={self.max_completion_length} must be at least 1")
         if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
@@ -77,8 +79,8 @@ def _filtered(p: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, to
     else:
         ordered, ids = torch.sort(p, dim=-1, descending=True, stable=True)
     drop = ordered < params.min_p * ordered[:, :1]
-    if params.top_p < 1:
-        drop |= (ordered.cumsum(-1) - ordered) >= params.top_p
+    if params.top_p < 1:  # of what top-k has left, as transformers has it
+        drop |= (ordered.cumsum(-1) - ordered) >= params.top_p * ordered.sum(-1, keepdim=True)
     drop[:, 0] = False
     ordered.masked_fill_(drop, 0)
     if ids.shape[1] == width:

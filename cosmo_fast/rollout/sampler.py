@@ -86,6 +86,8 @@ class Sampler:
 
     def store_rows(self, prompt_lengths: list[int], params: SamplingParams, num_generations: int) -> int:
         """Tokens that the store of a call holds. ValueError as :meth:`generate`."""
+        if num_generations < 1:
+            raise ValueError(f"num_generations={num_generations} must be at least 1")
         if num_generations > self.batch_size:
             raise ValueError(
                 f"num_generations={num_generations} is over sampling_batch_size={self.batch_size}; raise the latter"
