@@ -55,6 +55,9 @@ class Ranks:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Its collectives in shared memory are compiled on first use, for a minute, and not at all where the path of the
+        # environment holds a space; one reduction a step gains nothing from them.
+        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # The first rank evaluates alone, however long that takes.
         library.init_distributed(verbose=False, timeout=timedelta(days=1))
 
