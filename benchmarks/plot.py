@@ -196,7 +196,7 @@ def attention_table(rows: list[dict]) -> str:
         cells += [pairs, _number(error[case])]
     names = [*keys[:4], "kv heads", "head size", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)]
     table = _markdown([*names, "causal pairs", "error ÷ sdpa's"], body)
-    return f"{table}\n\nForward + backward; the others' time over ours ({_source(rows[0])})."
+    return f"{table}\n\nForward + backward (`decode`: forward); the others' time over ours ({_source(rows[0])})."
 
 
 def plain_table(rows: list[dict]) -> str:
