@@ -94,7 +94,7 @@ class Ranks:
     def update(self, policy: Policy, optimizer: AdamW, max_grad_norm: float) -> Update:
         """What applies the gradients of a stage."""
         if self.deepspeed is None:
-            return Update(policy, optimizer, max_grad_norm)
+            return Update(optimizer, max_grad_norm)
         return ZeroUpdate(policy, optimizer, max_grad_norm, self)
 
     def wait(self) -> None:
@@ -110,7 +110,7 @@ def _free_port() -> int:
 
 
 # Blocks of a DeepSpeed file whose place is the recipe.
-RECIPES = (
+OF_THE_RECIPE = (
     "optimizer", "scheduler", "fp16", "bf16", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )  # fmt: skip
@@ -125,7 +125,7 @@ def _settings(path: str) -> dict[str, Any]:
     stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 2)
     if stage not in (1, 2):
         raise ConfigError(f"deepspeed={path!r}: zero_optimization.stage={stage} is not supported; use 1 or 2")
-    for name in RECIPES:
+    for name in OF_THE_RECIPE:
         block = settings.get(name, {})
         off = isinstance(block, dict) and name in ("fp16", "bf16") and not block.get("enabled")  # "auto" is ours: off
         if block != {} and not off:
@@ -144,19 +144,26 @@ def _without_auto(value):
 class Update:
     """One optimiser step on one process: gradients add up, are scaled down to ``max_grad_norm`` and applied."""
 
-    def __init__(self, policy: Policy, optimizer: AdamW, max_grad_norm: float):
+    def __init__(self, optimizer: AdamW, max_grad_norm: float):
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        """What gradients belong to."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def fill(self) -> None:
+        """What no pass has reached has gradient 0, so that all ranks reduce alike: moments and decay go on."""
+        for parameter in self.learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """Inside, :meth:`backward` adds up; after it :meth:`norm` and :meth:`step` have the gradients of all ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         yield
-        # What no pass has reached has gradient 0, as it has over ranks: its moments and its decay go on.
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        self.fill()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``."""
@@ -164,8 +171,7 @@ class Update:
 
     def norm(self) -> float:
         """Norm of the gradients before they are scaled down."""
-        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return float(nn.utils.clip_grad_norm_(learning, self.max_grad_norm))
+        return float(nn.utils.clip_grad_norm_(self.learning, self.max_grad_norm))
 
     def step(self) -> None:
         """Changes the weights."""
@@ -185,7 +191,7 @@ class ZeroUpdate(Update):
     def __init__(self, policy: Policy, optimizer: AdamW, max_grad_norm: float, ranks: Ranks):
         import deepspeed
 
-        super().__init__(policy, optimizer, max_grad_norm)
+        super().__init__(optimizer, max_grad_norm)
         settings = ranks.deepspeed | {"gradient_clipping": max_grad_norm, "zero_allow_untested_optimizer": True}
         if policy.head_weight.dtype == torch.bfloat16:
             settings |= {"bf16": {"enabled": True}}
@@ -194,14 +200,16 @@ class ZeroUpdate(Update):
         )
         self.model = policy.model
 
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]  # the optimizer's are DeepSpeed's flat shards
+
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """Backward passes inside stay on this rank; the end reduces their sum over the ranks, once."""
         with self.engine.coalesce_grad_reduction():
             yield
-            for parameter in self.model.parameters():  # no pictures here, some elsewhere: all ranks reduce alike
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            self.fill()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``; the mean over the ranks is taken."""

@@ -153,13 +153,15 @@ class Trainer:
         self.summary = {"seed": config.seed, "stages": state["summary"], "environment": environment()}
         self.global_step = state["global_step"]
         self.sees: float | None = None
-        silent = contextlib.nullcontext() if self.ranks.first else open(os.devnull, "w")
-        metrics = self.output_dir / "metrics.jsonl" if self.ranks.first else os.devnull
-        resume_step = self.global_step if self.resume and self.ranks.first else None
-        self.log = report.MetricsWriter(metrics, resume_step=resume_step)
-        names = [(s.name, s.max_steps) for s in config.stages]
-        self.console = report.Progress(names, every=config.logging_steps, stream=silent.__enter__())
-        with self.log, self.console, silent:
+        with contextlib.ExitStack() as stack:
+            stream, metrics, resume_step = None, self.output_dir / "metrics.jsonl", None
+            if not self.ranks.first:
+                stream, metrics = stack.enter_context(open(os.devnull, "w")), Path(os.devnull)
+            elif self.resume:
+                resume_step = self.global_step
+            self.log = stack.enter_context(report.MetricsWriter(metrics, resume_step=resume_step))
+            names = [(s.name, s.max_steps) for s in config.stages]
+            self.console = stack.enter_context(report.Progress(names, every=config.logging_steps, stream=stream))
             for index in range(state["stage_index"], len(config.stages)):
                 self._run_stage(index, state if index == state["stage_index"] else {"step": 0})
         if self.ranks.first:

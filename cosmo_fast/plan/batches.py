@@ -56,20 +56,20 @@ def micro_batches(sizes: Sequence[GroupSize | int], max_tokens: int) -> list[Mic
         ValueError: a prompt with its longest response alone is over the budget.
     """
     sizes = [GroupSize(s) if isinstance(s, int) else s for s in sizes]
-    prompts = [s.prompt for s in sizes]
-    tokens = np.array([p + sum(s.responses) for p, s in zip(prompts, sizes, strict=True)], dtype=np.int64)
+    tokens = np.array([s.tokens for s in sizes], dtype=np.int64)
     batches = []
     for i in np.flatnonzero(tokens > max_tokens).tolist():
-        longest = max(sizes[i].responses, default=0)
-        if prompts[i] + longest > max_tokens:
-            what, lower = f"a prompt of {prompts[i]} tokens with one response of {longest}", "max_prompt_length"
+        prompt, responses, _ = sizes[i]
+        longest = max(responses, default=0)
+        if prompt + longest > max_tokens:
+            what, lower = f"a prompt of {prompt} tokens with one response of {longest}", "max_prompt_length"
             if not longest:
-                what, lower = f"a group of {prompts[i]} tokens (one prompt and all its responses)", "num_generations"
+                what, lower = f"a group of {prompt} tokens (one prompt and all its responses)", "num_generations"
             raise ValueError(
                 f"{what} is over max_tokens_per_batch={max_tokens}; raise it, or lower {lower} / max_completion_length"
             )
         batches.append(MicroBatch([i]))
-        batches[-1].parts = _host.even_parts(np.array(sizes[i].responses, dtype=np.int64), max_tokens - prompts[i])
+        batches[-1].parts = _host.even_parts(np.array(responses, dtype=np.int64), max_tokens - prompt)
     whole = np.flatnonzero(tokens <= max_tokens)
     for members in _host.best_fit_decreasing(tokens[whole], int(max_tokens)):
         batches.append(MicroBatch(sorted(whole[members].tolist())))

@@ -15,7 +15,7 @@ from cosmo_fast.distributed import Ranks
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import TokenBatch, sequence_position
-from cosmo_fast.plan import GroupSize, Plan, balance, flops
+from cosmo_fast.plan import Plan, balance, flops
 from cosmo_fast.stages.packed import Group, passes
 
 
@@ -36,8 +36,7 @@ def own_share(context: Context, groups: list[Group]) -> list[int]:
     """Indices of the groups that this rank takes."""
     if context.ranks.world == 1:
         return list(range(len(groups)))
-    sizes = [GroupSize.of(g.prompt, g.responses) for g in groups]
-    return balance(flops(context.policy).of(sizes), context.ranks.world)[context.ranks.rank]
+    return balance(flops(context.policy).of([g.size for g in groups]), context.ranks.world)[context.ranks.rank]
 
 
 def by_response(values: torch.Tensor, groups: list[Group]) -> list[list[np.ndarray]]:

@@ -38,8 +38,12 @@ class Group:
     ended: list[bool] | None = None
 
     @property
+    def size(self) -> GroupSize:
+        return GroupSize.of(self.prompt, self.responses)
+
+    @property
     def tokens(self) -> int:
-        return len(self.prompt.ids) + sum(len(r) for r in self.responses)
+        return self.size.tokens
 
     def only(self, part: list[int]) -> Group:
         """The same prompt with some of the responses."""
@@ -77,7 +81,7 @@ def passes(
     The caller's backward of a pass comes before the next pass is asked for; with gradients on, ``backward`` is called
     here with a scalar at the end of a split group.
     """
-    for batch in micro_batches([GroupSize.of(g.prompt, g.responses) for g in groups], max_tokens):
+    for batch in micro_batches([g.size for g in groups], max_tokens):
         chosen = [groups[i] for i in batch]
         if batch.parts:
             for part in _two_phases(policy, vision, chosen[0], batch.parts, backward):
