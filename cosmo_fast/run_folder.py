@@ -12,6 +12,7 @@ import yaml
 
 from cosmo_fast import checkpoint as ckpt
 from cosmo_fast.config import Config, ConfigError, resolved_stage
+from cosmo_fast.distributed import Ranks
 
 # Lists the files of ours at the root of the folder: only they, and the folders below, are ever removed.
 MARKER = ".cosmo_fast_run.json"
@@ -121,3 +122,31 @@ def prepare(folder: Path, config: Config, resume_step: int | None) -> None:
 def record(folder: Path, names: list[str]) -> None:
     """Notes the files of the final model, so that a later run may replace them."""
     ckpt.replace_text(folder / MARKER, json.dumps(names) + "\n")
+
+
+def stage_ends(config: Config) -> list[int]:
+    """Optimiser steps of the run after each stage."""
+    ends, total = [], 0
+    for stage in config.stages:
+        total += stage.max_steps
+        ends.append(total)
+    return ends
+
+
+def check_save_steps(config: Config, ranks: Ranks) -> None:
+    """Refuses checkpoints in places where the state cannot be saved.
+
+    Raises:
+        ConfigError: naming ``save_steps``.
+    """
+    if config.save_steps and ranks.deepspeed is not None:
+        raise ConfigError(
+            f"save_steps={config.save_steps} with deepspeed: the optimizer's shards are not saved inside a stage yet; "
+            "leave save_steps out, the end of every stage is saved"
+        )
+    for stage in config.stages:
+        if config.save_steps and stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
+            raise ConfigError(
+                f"save_steps={config.save_steps} is not a multiple of the {stage.updates_per_rollout} optimiser "
+                f"steps of a rollout in stage {stage.name!r}; a checkpoint cannot lie inside a rollout"
+            )

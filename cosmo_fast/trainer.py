@@ -35,6 +35,7 @@ from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
+from cosmo_fast.stages.schedule import learning_rate
 
 
 class Trainer:
@@ -72,7 +73,7 @@ class Trainer:
                     f"resume_from_checkpoint: the run had {saved.get('ranks', 1)} process(es), now {self.ranks.world}; "
                     "batch sizes are per device, so this would be another run"
                 )
-        _check_save_steps(config, self.ranks)
+        run_folder.check_save_steps(config, self.ranks)
         inputs = [p for s in config.stages for p in s.datasets] + [
             *config.eval.datasets.values(),
             config.model_name_or_path,
@@ -306,7 +307,7 @@ class Trainer:
     def _save(self, optimizer: AdamW | None, position: dict[str, Any]) -> Path:
         folder = self.output_dir / f"checkpoint-{self.global_step}"
         ckpt.save_checkpoint(folder, self.policy, optimizer, self._state(position))
-        ends = {self.output_dir / f"checkpoint-{n}" for n in _stage_ends(self.config)}
+        ends = {self.output_dir / f"checkpoint-{n}" for n in run_folder.stage_ends(self.config)}
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
         return folder
 
@@ -317,15 +318,6 @@ def _at(where: str, check, *arguments) -> None:
         check(*arguments)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then constant, linear to 0 or half a cosine to 0."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / max(1, stage.max_steps - stage.warmup_steps)
-    shapes = {"constant_with_warmup": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return stage.learning_rate * shapes[stage.lr_scheduler_type]
 
 
 def _optimizer(policy: Policy, stage: StageConfig, keep_masters: bool) -> AdamW:
@@ -359,25 +351,3 @@ def _prepare(policy: Policy, config: Config) -> None:
         )
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
-
-
-def _stage_ends(config: Config) -> list[int]:
-    ends, total = [], 0
-    for stage in config.stages:
-        total += stage.max_steps
-        ends.append(total)
-    return ends
-
-
-def _check_save_steps(config: Config, ranks: Ranks) -> None:
-    if config.save_steps and ranks.deepspeed is not None:
-        raise ConfigError(
-            f"save_steps={config.save_steps} with deepspeed: the optimizer's shards are not saved inside a stage yet; "
-            "leave save_steps out, the end of every stage is saved"
-        )
-    for stage in config.stages:
-        if config.save_steps and stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
-            raise ConfigError(
-                f"save_steps={config.save_steps} is not a multiple of the {stage.updates_per_rollout} optimiser "
-                f"steps of a rollout in stage {stage.name!r}; a checkpoint cannot lie inside a rollout"
-            )

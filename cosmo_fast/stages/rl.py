@@ -13,7 +13,6 @@ import torch
 from cosmo_fast import ops
 from cosmo_fast.config import Config, StageConfig
 from cosmo_fast.data.mixture import Mixture
-from cosmo_fast.evaluate import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
@@ -23,6 +22,7 @@ from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
 from cosmo_fast.stages.base import Context, accumulate, by_response, own_share, step_seed
 from cosmo_fast.stages.packed import Group, passes
+from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
 
 
 class RLStage:
@@ -82,7 +82,7 @@ class RLStage:
             own.pop("entropy", None)  # of the groups in this update only; the rollout's is logged
             metrics = {"loss": loss, **own}
             if place == 0:
-                metrics |= _mismatch(self.context, used, logps)
+                metrics |= mismatch(self.context, used, logps)
         metrics["timing_s/update"] = time.perf_counter() - started
         metrics["tokens"] = sum(g.tokens for g in (self.groups if place == 0 else groups))
         return {**(self.rollout_metrics if place == 0 else {}), **metrics}
@@ -124,7 +124,7 @@ class RLStage:
         ]
         if self.reference is not None:
             self._score_reference()
-        self.rollout_metrics = _rollout_metrics(mixed, completions, texts, owner, each) | {
+        self.rollout_metrics = rollout_metrics(mixed, completions, texts, owner, each) | {
             "timing_s/sample": sampled - started,
             "timing_s/reward": rewarded - sampled,
             "timing_s/reference": time.perf_counter() - rewarded,
@@ -217,45 +217,3 @@ def _frozen_copy(policy: Policy) -> Policy:
     kept = {id(p): p for p in policy.vision_parameters} if policy.vision_frozen else {}
     model = copy.deepcopy(policy.model, kept).requires_grad_(False)
     return Policy(model, policy.tokenizer, policy.image_processor, policy.family)
-
-
-def _mismatch(context: Context, groups: list[Group], logps: list) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's on the same weights: 0 up to rounding.
-
-    Raises:
-        FloatingPointError: the mean is over ``max_rollout_kl`` nats a token: sampler and trainer are two policies.
-    """
-    own = [(g, arrays) for g, arrays in zip(groups, logps, strict=True) if arrays is not None]
-    pairs = [(w, old, new) for g, arrays in own for w, old, new in zip(g.weights, g.old_logps, arrays, strict=True)]
-    gaps = np.concatenate([np.zeros(0), *((old - new)[w > 0] for w, old, new in pairs)])
-    shares = context.ranks.gather((gaps.size, gaps.sum(), np.abs(np.expm1(-gaps)).max(initial=0.0)))
-    counts, sums, errors = zip(*shares, strict=True)
-    if not sum(counts):
-        return {}
-    kl, bound = float(sum(sums) / sum(counts)), context.stage.max_rollout_kl
-    if bound is not None and abs(kl) > bound:
-        raise FloatingPointError(
-            f"rollout/kl {kl:.3g} is over max_rollout_kl={bound}: on the same weights the sampler's and the trainer's "
-            "log-probs differ by that much a token. No update was made. Try dtype: float32, or raise max_rollout_kl"
-        )
-    return {"rollout/kl": kl, "rollout/max_ratio_error": float(max(errors))}
-
-
-def _rollout_metrics(
-    mixed, completions: list[Completion], texts: list[str], owner: list[Prompt], each: int
-) -> dict[str, float]:
-    lengths = np.array([len(c.ids) for c in completions])
-    judged = score([p.columns for p in owner], texts)
-    by_group = mixed.total.view(-1, each)
-    return mixed.metrics() | {
-        "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
-        "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),  # over all groups, idle ones too
-        "completions/mean_length": float(lengths.mean()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": 1 - sum(c.ended for c in completions) / len(completions),
-        "accuracy": judged["accuracy"],
-        "safety/safe_rate": judged["safe_rate"],
-        "safety/over_refusal_rate": judged["over_refusal_rate"],
-        "safety/helpful_rate": judged["helpful_rate"],
-        "format_rate": judged["format_rate"],
-    }

@@ -1,0 +1,204 @@
+"""Recipes: YAML merged with ``--key.sub value`` flags, checked as a whole before any work begins."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from cosmo_fast.config.stage import ConfigError, StageConfig, Strict
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+# What users of verl and EasyR1 write, and our name for it.
+ALIASES = {
+    "n": "num_generations", "clip_ratio_low": "epsilon", "clip_ratio_high": "epsilon_high", "clip_ratio": "epsilon",
+    "kl_loss_coef": "beta", "ppo_epochs": "num_iterations", "max_response_length": "max_completion_length",
+    "lr": "learning_rate", "total_steps": "max_steps", "torch_dtype": "dtype", "lora_rank": "lora_r",
+    "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
+    "num_train_epochs": "max_steps", "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta",
+    "bf16": "dtype", "rollout.n": "num_generations",
+}  # fmt: skip
+
+
+class EvalConfig(Strict):
+    """Greedy evaluation of named row files after every stage."""
+
+    datasets: dict[str, str] = Field(default_factory=dict)
+    limit: int | None = Field(default=None, gt=0)  # first rows of each file
+    batch_size: int = Field(default=256, gt=0)
+
+
+class WorldConfig(Strict):
+    """The embedded world that ``world:`` paths name; built once a seed and size. ``seed``: by default the run's."""
+
+    seed: int | None = Field(default=None, ge=0)
+    sizes: dict[str, float] = Field(default_factory=dict)
+    cache_dir: str | None = None
+
+
+class Config(Strict):
+    """A recipe: a model, a list of stages, and what is evaluated between them."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = Field(default=0, ge=0)
+    model_name_or_path: str
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; the optimizer's masters are fp32
+    gradient_checkpointing: bool = False
+    deepspeed: str | None = None  # a DeepSpeed JSON file, for several processes (ZeRO 1 or 2)
+    lora_r: int = Field(default=0, ge=0)  # 0: no adapter, all of the model learns
+    lora_alpha: float = Field(default=32, gt=0)
+    lora_dropout: float = 0.0
+    lora_target_modules: str | list[str] | None = None  # default: all linear layers of the language model
+    device: str = "auto"
+    image_root: str | None = None
+    max_image_pixels: int = Field(default=4096 * 4096, gt=0)
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    max_completion_length: int = Field(default=256, gt=0)
+    max_tokens_per_batch: int = Field(default=16384, gt=0)  # tokens of one forward and backward
+    sampling_batch_size: int = Field(default=256, gt=0)  # responses decoded at once
+    kv_cache_mib: int = Field(default=4096, gt=0)  # keys and values of what is sampled, at most
+    logging_steps: int = Field(default=10, gt=0)
+    log_completions: int = Field(default=6, ge=0)  # samples kept with their pictures, a logged rollout
+    save_steps: int | None = Field(default=None, gt=0)  # besides the end of every stage
+    save_total_limit: int | None = Field(default=None, gt=0)
+    resume_from_checkpoint: str | bool = False
+    stages: list[StageConfig] = Field(min_length=1)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    world: WorldConfig = Field(default_factory=WorldConfig)
+
+    @model_validator(mode="after")
+    def _adapter_fits(self):
+        if self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} must be 0: the sampler's and the trainer's pass over the same "
+                "tokens would differ, and the first policy ratio would not be 1"
+            )
+        idle = [n for n in ("lora_alpha", "lora_target_modules") if getattr(self, n) != Config.model_fields[n].default]
+        if idle and not self.lora_r:
+            raise ValueError(f"{idle[0]}={getattr(self, idle[0])!r} has no effect without lora_r above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _named_once(self):
+        for stage in self.stages:
+            if stage.kind == "rl" and stage.num_generations > self.sampling_batch_size:
+                raise ValueError(
+                    f"stage {stage.name!r}: num_generations={stage.num_generations} is over "
+                    f"sampling_batch_size={self.sampling_batch_size}; raise the latter"
+                )
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages: the name(s) {twice} stand twice; results are filed by name")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings, defaults included, as a recipe that makes the same run."""
+        return self.model_dump() | {"stages": [stage.resolved() for stage in self.stages]}
+
+
+def load_config(recipe: str, overrides: list[str] | None = None) -> Config:
+    """Reads a recipe and applies ``--key.sub value`` overrides; a stage is addressed by its name.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe that the package ships.
+        overrides: as on the command line, e.g. ``["--stages.cold-start.max_steps", "10", "--seed=1"]``.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key, a value that does not fit. The message names the key and the value.
+    """
+    path = Path(recipe)
+    if not path.is_file() and (RECIPES / f"{recipe}.yaml").is_file():
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"--config {recipe!r} is neither a file nor a shipped recipe ({shipped})")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of settings, this file holds {type(raw).__name__}")
+    for key, value in _pairs(overrides or []):
+        _assign(raw, key, value)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, raw) for e in error.errors())) from error
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"unexpected argument {flag!r}; settings are given as --key.sub value")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value")
+            text = rest.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            # YAML 1.1 reads 1e-4 as text.
+            try:
+                value = float(value)
+            except ValueError:
+                value = text
+        pairs.append((key.replace("-", "_") if "." not in key else key, value))
+    return pairs
+
+
+def _assign(raw: dict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, list):
+            stages = [item for item in node if isinstance(item, dict)]
+            named = [item for item in stages if item.get("name") == part]
+            if not named:
+                names = ", ".join(str(item.get("name")) for item in stages)
+                raise ConfigError(f"--{key}: no stage is named {part!r}; stages: {names}")
+            node = named[0]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"--{key}: {part!r} is a single value ({node!r}), it has no setting {last!r}")
+    if isinstance(node, list):
+        raise ConfigError(f"--{key}: name a stage and a setting, as in --stages.NAME.max_steps")
+    node[last] = value
+
+
+def _explain(error: dict, raw: dict) -> str:
+    place, node = [], raw
+    for part in error["loc"]:
+        child = node[part] if isinstance(node, dict) and part in node else None
+        if isinstance(node, list) and isinstance(part, int):
+            child = node[part]
+            part = child.get("name", part) if isinstance(child, dict) else part
+        node = child
+        place.append(str(part))
+    where = ".".join(place) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"])
+        last = place[-1]
+        near = [ALIASES[last]] if last in ALIASES else difflib.get_close_matches(last, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        return f"unknown setting {where!r}{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig}
+    return sorted(by_parent.get(location[0] if len(location) > 1 else "", Config).model_fields)

@@ -1,0 +1,54 @@
+"""What an RL step logs: the rollout, and how far the trainer's log-probs are from the sampler's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cosmo_fast.evaluate import score
+from cosmo_fast.plan import Prompt
+from cosmo_fast.rollout import Completion
+from cosmo_fast.stages.base import Context
+from cosmo_fast.stages.packed import Group
+
+
+def mismatch(context: Context, groups: list[Group], logps: list) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's on the same weights: 0 up to rounding.
+
+    Raises:
+        FloatingPointError: the mean is over ``max_rollout_kl`` nats a token: sampler and trainer are two policies.
+    """
+    own = [(g, arrays) for g, arrays in zip(groups, logps, strict=True) if arrays is not None]
+    pairs = [(w, old, new) for g, arrays in own for w, old, new in zip(g.weights, g.old_logps, arrays, strict=True)]
+    gaps = np.concatenate([np.zeros(0), *((old - new)[w > 0] for w, old, new in pairs)])
+    shares = context.ranks.gather((gaps.size, gaps.sum(), np.abs(np.expm1(-gaps)).max(initial=0.0)))
+    counts, sums, errors = zip(*shares, strict=True)
+    if not sum(counts):
+        return {}
+    kl, bound = float(sum(sums) / sum(counts)), context.stage.max_rollout_kl
+    if bound is not None and abs(kl) > bound:
+        raise FloatingPointError(
+            f"rollout/kl {kl:.3g} is over max_rollout_kl={bound}: on the same weights the sampler's and the trainer's "
+            "log-probs differ by that much a token. No update was made. Try dtype: float32, or raise max_rollout_kl"
+        )
+    return {"rollout/kl": kl, "rollout/max_ratio_error": float(max(errors))}
+
+
+def rollout_metrics(
+    mixed, completions: list[Completion], texts: list[str], owner: list[Prompt], each: int
+) -> dict[str, float]:
+    """What is logged of a rollout: ``mixed`` and ``completions`` of ``owner``'s prompts, ``each`` of them a group."""
+    lengths = np.array([len(c.ids) for c in completions])
+    judged = score([p.columns for p in owner], texts)
+    by_group = mixed.total.view(-1, each)
+    return mixed.metrics() | {
+        "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
+        "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),  # over all groups, idle ones too
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1 - sum(c.ended for c in completions) / len(completions),
+        "accuracy": judged["accuracy"],
+        "safety/safe_rate": judged["safe_rate"],
+        "safety/over_refusal_rate": judged["over_refusal_rate"],
+        "safety/helpful_rate": judged["helpful_rate"],
+        "format_rate": judged["format_rate"],
+    }
