@@ -152,18 +152,18 @@ def test_the_default_mix_routes_by_label_and_adds_the_format(judge):
         {"label": "general_rule", "answer": "3"},
         {"label": "safety", "judge": "fake"},
         {"label": "normal", "judge": "fake"},
-        {"label": "knowledge_rule", "answer": "5"},
+        {"label": "knowledge_rule", "answer": "5", "judge": "fake"},
     ]
-    texts = [GOOD, "<think>x</think>[safe_refusal]", "[safe]", GOOD]
+    texts = [GOOD, "<think>x</think>[safe_refusal]", "[safe]", "<think>x</think>[safe] \\boxed{4}"]
     mixed = RewardMix()([""] * 4, texts, rows)
-    assert mixed.total.tolist() == pytest.approx([2.0, 1.1, 0.0, 1.0])
+    assert mixed.total.tolist() == pytest.approx([2.0, 1.1, 0.0, 1.5])
     columns = dict(zip(mixed.names, mixed.matrix.T.tolist(), strict=True))
     assert columns["format"] == [1, 1, 0, 1]
     assert [math.isnan(value) for value in columns["accuracy"]] == [False, True, True, False]
     assert [math.isnan(value) for value in columns["safety"]] == [True, False, True, True]
     metrics = mixed.metrics()
     assert metrics["rewards/accuracy/mean"] == 0.5 and metrics["rewards/format/std"] == pytest.approx(math.sqrt(3) / 4)
-    assert metrics["reward"] == pytest.approx(4.1 / 4)
+    assert metrics["reward"] == pytest.approx(4.6 / 4)
 
 
 def test_a_reward_that_no_sample_needs_is_not_called_nor_reported():
@@ -218,7 +218,7 @@ def test_columns_reach_a_custom_reward_with_none_where_a_row_lacks_them():
 @pytest.mark.parametrize(
     "path, word",
     [
-        ("acuracy", "known: format, accuracy"),
+        ("acuracy", "known: format, .*accuracy"),
         ("no_such_module:f", "cannot import"),
         ("math:no_such_function", "no function"),
         ("math:pi", "no function"),
@@ -230,7 +230,7 @@ def test_an_unknown_reward_is_refused_before_work_begins(path, word):
         RewardMix({"a": {"accuracy": 1}, "b": {path: 1}})
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5, "1", None, True])
 def test_a_weight_must_be_a_finite_number(weight):
     with pytest.raises(ValueError, match="finite number"):
         RewardMix({"a": {"accuracy": weight}})

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cosmo_fast.rewards.accuracy import boxed, normalise, same_answer
+from cosmo_fast.rewards.accuracy import correct, normalise, stated
 from cosmo_fast.rewards.format import answer_text, format_reward
 from cosmo_fast.rewards.safety import judged
 
@@ -47,12 +47,13 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
     """
     if len(rows) != len(completions):
         raise ValueError(f"{len(rows)} rows but {len(completions)} completions")
-    answers = [_visible(completion) for completion in completions]
+    shown = [_shown(completion) for completion in completions]
+    answers = [answer_text(completion) for completion in shown]
     right: dict[int, bool] = {}
     verdicts: dict[int, str] = {}
     for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         if row.get("answer") is not None:
-            right[index] = same_answer(boxed(answer), str(row["answer"]))
+            right[index] = correct(stated(shown[index]), row)
         if row.get("policy") is not None:
             if row["policy"] not in POLICIES:
                 raise ValueError(f"row {index}: unknown policy {row['policy']!r}, want one of {', '.join(POLICIES)}")
@@ -69,8 +70,8 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
     return result
 
 
-def _visible(completion: str) -> str:
-    return answer_text(completion) if "<think>" in completion or "</think>" in completion else completion.strip()
+def _shown(completion: str) -> str:
+    return completion if "<think>" in completion or "</think>" in completion else f"</think>{completion}"
 
 
 def _rate(name: str, hits: Sequence[bool]) -> dict[str, Any]:

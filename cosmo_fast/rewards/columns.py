@@ -19,7 +19,8 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def row_name(row: Mapping[str, Any], index: int | None = None) -> str:
-    """What a message calls a row: "row 3 (id 'scene-17', label 'safety')"; index is its place in the batch."""
+def row_name(row: Mapping[str, Any], index: int | None = None, source: str | None = None) -> str:
+    """What a message calls a row: "data.jsonl:17, row 3 (id 'scene-17', label 'safety')"; index: in the batch."""
     known = ", ".join(f"{key} {row[key]!r}" for key in ("id", "label") if row.get(key) is not None)
-    return ("row" if index is None else f"row {index}") + (f" ({known})" if known else "")
+    place = (f"{source}, " if source else "") + ("row" if index is None else f"row {index}")
+    return place + (f" ({known})" if known else "")

@@ -1,6 +1,12 @@
-"""The response's shape: one `<think>…</think>`, then the answer."""
+"""The response's shape: the tags that a recipe asks for, and what a reader sees of the answer."""
 
+import re
 from collections.abc import Sequence
+
+_DELIBERATIVE = re.compile(
+    r"\s*(?:<(think|search|read)>[^<]*</\1>\s*)+<confidence>\s*(?:10|\d)\s*</confidence>\s*"
+    r"<answer>[^<]*[^<\s][^<]*</answer>\s*"
+)
 
 
 def format_reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
@@ -11,11 +17,50 @@ def format_reward(prompts: Sequence, completions: Sequence[str], **columns) -> l
     return [float(_well_formed(text)) for text in completions]
 
 
+def format_answer(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    """1 for `<think>…</think><answer>…</answer>` and nothing else, each tag once; the thought may be empty."""
+    return [float(_tagged(text, "think", "answer")) for text in completions]
+
+
+def format_perception(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    """1 for `<description>…</description><think>…</think><answer>…</answer>`, each tag once and only the thought blank.
+
+    R_fmt of VTPerception-R1 (arXiv 2509.24776): tags in order, none missing or repeated. Ours: nothing between them.
+    """
+    return [float(_tagged(text, "description", "think", "answer")) for text in completions]
+
+
+def format_deliberative(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    """1 for `<think>`, `<search>` and `<read>` parts, then `<confidence>` 0–10 and `<answer>` at the end, else 0.
+
+    The actions of Deliberative Searcher (arXiv 2507.16727); their order and spelling are ours.
+    """
+    return [float(bool(_DELIBERATIVE.fullmatch(text))) for text in completions]
+
+
+def _tagged(text: str, *names: str) -> bool:
+    shape = r"\s*".join(["", *(f"<{name}>.*</{name}>" for name in names), ""])
+    once = all(text.count(tag) == 1 for name in names for tag in (f"<{name}>", f"</{name}>"))
+    filled = all(section(text, name) for name in names if name != "think")
+    return once and filled and bool(re.fullmatch(shape, text, re.DOTALL))
+
+
+def section(text: str, name: str) -> str:
+    """The content of the only `<name>…</name>` in text; "" without one, with several, or when it is not closed."""
+    found = re.findall(f"<{name}>(.*?)</{name}>", text, re.DOTALL)
+    return found[0].strip() if len(found) == text.count(f"<{name}>") == 1 else ""
+
+
 def _well_formed(text: str) -> bool:
     once = text.count("<think>") == 1 and text.count("</think>") == 1
     return once and text.lstrip().startswith("<think>") and bool(answer_text(text))
 
 
 def answer_text(completion: str) -> str:
-    """The text after the first `</think>`: all that a reader sees, so all that is judged; "" when nothing closes it."""
-    return completion.partition("</think>")[2].strip()
+    """The text after the first `</think>`: all that a reader sees, so all that is judged; "" when nothing closes it.
+
+    Where that is one `<answer>…</answer>`, what it holds.
+    """
+    text = completion.partition("</think>")[2].strip()
+    whole = text.startswith("<answer>") and text.endswith("</answer>")
+    return section(text, "answer") if whole else text

@@ -4,33 +4,48 @@ import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from cosmo_fast.rewards.accuracy import accuracy
 from cosmo_fast.rewards.columns import RewardError, columns_of, row_name
-from cosmo_fast.rewards.format import format_reward
-from cosmo_fast.rewards.safety import helpful, safety
+from cosmo_fast.rewards.confidence import confidence, deliberative, reliability
+from cosmo_fast.rewards.format import format_answer, format_deliberative, format_perception, format_reward
+from cosmo_fast.rewards.instruction import instruction
+from cosmo_fast.rewards.length import repetition, soft_overlong
+from cosmo_fast.rewards.perception import consistency, textual_key, visual_focus, visual_focus_drop, visual_key
+from cosmo_fast.rewards.safety import general, helpful, knowledge, safety, value
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 REWARDS: dict[str, RewardFunction] = {
-    "format": format_reward,
-    "accuracy": accuracy,
-    "safety": safety,
-    "helpful": helpful,
-}
+    "format": format_reward, "format_answer": format_answer, "format_perception": format_perception,
+    "format_deliberative": format_deliberative, "accuracy": accuracy, "safety": safety, "helpful": helpful,
+    "value": value, "knowledge": knowledge, "general": general, "instruction": instruction, "visual_key": visual_key,
+    "textual_key": textual_key, "consistency": consistency, "visual_focus": visual_focus,
+    "visual_focus_drop": visual_focus_drop, "repetition": repetition, "soft_overlong": soft_overlong,
+    "confidence": confidence, "reliability": reliability, "deliberative": deliberative,
+}  # fmt: skip
 
-# The group's public M3-RL table, restricted to the rewards that exist here.
+# The group's public M3-RL table; its "rule" is our accuracy.
 M3_RECIPES: dict[str, dict[str, float]] = {
     "safety": {"safety": 1.0},
+    "value": {"value": 1.0},
+    "knowledge": {"knowledge": 1.0, "helpful": 0.5},
+    "knowledge_rule": {"accuracy": 1.0, "helpful": 0.5},
     "normal": {"helpful": 1.0},
+    "general": {"general": 1.0},
     "general_rule": {"accuracy": 1.0},
-    "knowledge_rule": {"accuracy": 1.0},
 }
+# What an rl stage adds to the columns of a row: the sampled tokens, and the answer to `visual_focus_drop`.
+STAGE_COLUMNS: dict[str, Any] = {"completion_ids": (), "blank_logprob_drop": 0.0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,21 @@ class MixedRewards:
         joint = (torch.cat([getattr(part, name) for part in parts]) for name in ("total", "matrix", "weights"))
         return cls(*joint, parts[0].names)
 
+    def apart(self, named: Sequence[str], merge: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(matrix, weights) of the same samples, (S, K) each, for several objectives of `objectives.advantages`.
+
+        merge: the weighted sum of all others first, then the rewards in `named` (lagrangian); else those first, then
+        each of the others (gated).
+        """
+        chosen = [self.names.index(name) for name in named]
+        others = [column for column in range(len(self.names)) if column not in chosen]
+        if not merge:
+            return self.matrix[:, chosen + others], self.weights[:, chosen + others]
+        rest = self.matrix[:, others]
+        total = (rest.nan_to_num() * self.weights[:, others]).sum(1).masked_fill(rest.isnan().all(1), math.nan)
+        matrix = torch.cat([total[:, None], self.matrix[:, chosen]], 1)
+        return matrix, torch.cat([torch.ones_like(total)[:, None], self.weights[:, chosen]], 1)
+
     def metrics(self) -> dict[str, float]:
         """reward, reward_std, and rewards/<name>/mean|std over the samples that the reward applies to, if any."""
         result = {"reward": self.total.mean().item(), "reward_std": self.total.std(correction=0).item()}
@@ -69,6 +99,8 @@ class RewardMix:
     A reward is a name in `rewards` or REWARDS, or a dotted path ("module:function", "module.function").
     rewards: further rewards, {name: callable or dotted path}, each f(prompts, completions, **columns) -> list of floats
     or None (does not apply), sync or async. A reward sees the samples whose recipe names it and no others.
+    options: {reward: {argument: value}}, such as {"visual_key": {"tau_high": 0.9}}. timeout: seconds that one call of a
+    reward may take; the limit is a signal, which only the main thread has: elsewhere there is none.
     """
 
     def __init__(
@@ -77,7 +109,12 @@ class RewardMix:
         *,
         format_weight: float = 1.0,
         rewards: Mapping[str, RewardFunction | str] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout: float = 600.0,
     ):
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"reward_timeout={timeout} must be a finite number of seconds above 0")
+        self.timeout = timeout
         own = {name: resolve(value) for name, value in (rewards or {}).items()}
         self.recipes = {label: dict(recipe) for label, recipe in (M3_RECIPES if recipes is None else recipes).items()}
         self.format_weight = format_weight
@@ -93,18 +130,32 @@ class RewardMix:
                 self.functions[name] = own[name] if name in own else resolve(name)
         if unused := own.keys() - self.functions.keys():
             raise ValueError(f"rewards {sorted(unused)} are given but no label's recipe uses them")
+        if unused := (options or {}).keys() - self.functions.keys():
+            raise ValueError(f"reward_options name {sorted(unused)}, but the rewards here are {list(self.functions)}")
+        for name, given in (options or {}).items():
+            takes = inspect.signature(self.functions[name]).parameters.keys() - {*_ARGUMENTS, "columns"}
+            if unknown := sorted(given.keys() - takes):
+                raise ValueError(f"reward_options.{name}: {unknown} is nothing that the reward takes: {sorted(takes)}")
+            self.functions[name] = partial(self.functions[name], **given)
 
     def __call__(
-        self, prompts: Sequence, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
+        self,
+        prompts: Sequence,
+        completions: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        sources: Sequence[str] | None = None,
     ) -> MixedRewards:
         """Rewards of S samples. prompts, completions (decoded, without special tokens) and rows (columns): S each.
 
+        sources: "file.jsonl:17" of each row, for messages.
+
         Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails, returns
-        another length, or a value that is not finite, and a row to which no reward applies.
+        another length, a value that is not finite, or nothing in time, and a row to which no reward applies.
         """
         if not len(prompts) == len(completions) == len(rows):
             raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(rows)} rows: want equal")
-        recipes = [self.recipe(row, index) for index, row in enumerate(rows)]
+        names = [row_name(row, i, sources[i] if sources else None) for i, row in enumerate(rows)]
+        recipes = [self.recipe(row, name) for row, name in zip(rows, names, strict=True)]
         total = torch.zeros(len(rows), dtype=torch.float64)
         matrix = torch.full((len(rows), len(self.functions)), float("nan"), dtype=torch.float64)
         weights = torch.tensor([[r.get(name, 0.0) for name in self.functions] for r in recipes]).view(matrix.shape)
@@ -112,26 +163,26 @@ class RewardMix:
             chosen = [index for index, recipe in enumerate(recipes) if name in recipe]
             if not chosen:
                 continue
-            samples = [(index, prompts[index], completions[index], rows[index]) for index in chosen]
-            values = _call(name, function, samples)
-            for index, value in zip(chosen, values, strict=True):
-                if value is not None:
-                    matrix[index, column] = value
-                    total[index] += recipes[index][name] * value
+            samples = [(names[index], prompts[index], completions[index], rows[index]) for index in chosen]
+            values = _call(name, function, samples, self.timeout)
+            for index, given in zip(chosen, values, strict=True):
+                if given is not None:
+                    matrix[index, column] = given
+                    total[index] += recipes[index][name] * given
         own = [column for column, name in enumerate(self.functions) if not (name == "format" and self.format_weight)]
         for index in torch.nonzero(matrix[:, own].isnan().all(1)).flatten().tolist():
             if recipes[index].keys() != {"format"}:  # all abstain: the sample would be trained on its format alone
-                raise RewardError(f"no reward of {recipes[index]} applies to {row_name(rows[index], index)}")
+                raise RewardError(f"no reward of {recipes[index]} applies to {names[index]}")
         return MixedRewards(total.float(), matrix.float(), weights.float(), tuple(self.functions))
 
-    def recipe(self, row: Mapping[str, Any], index: int = 0) -> dict[str, float]:
-        """{reward: weight} of one row, format included; RewardError for a label without a recipe."""
+    def recipe(self, row: Mapping[str, Any], name: str | None = None) -> dict[str, float]:
+        """{reward: weight} of one row, format included; RewardError for a label without a recipe (of row `name`)."""
         label = row.get("label")
         recipe = self.recipes.get(label, self.recipes.get("*")) if label is not None else self.recipes.get("*")
         if recipe is None:
             what = "has no label" if label is None else "has a label without a recipe"
             known = ", ".join(map(repr, self.recipes))
-            raise RewardError(f"{row_name(row, index)} {what}; there are {known}; '*' would serve all others")
+            raise RewardError(f"{name or row_name(row)} {what}; there are {known}; '*' would serve all others")
         return {"format": self.format_weight, **recipe} if self.format_weight else recipe
 
 
@@ -156,40 +207,67 @@ def resolve(reward: RewardFunction | str) -> RewardFunction:
 
 
 def _check_weight(what: str, weight: Any) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ValueError(f"{what} must be a finite number, not {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"{what} must be a finite number of at least 0, not {weight!r}")
 
 
-_Sample = tuple[int, Any, str, Mapping[str, Any]]  # place in the batch, prompt, completion, columns
+_ARGUMENTS = ("prompts", "completions")
+_Sample = tuple[str, Any, str, Mapping[str, Any]]  # what a message calls the row, prompt, completion, columns
 
 
-def _run(function: RewardFunction, samples: Sequence[_Sample]) -> Sequence[float | None]:
+def _run(function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> Sequence[float | None]:
     _, prompts, completions, rows = zip(*samples, strict=True)
-    result = function(list(prompts), list(completions), **columns_of(rows))
-    return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+    with _limit(timeout):
+        result = function(list(prompts), list(completions), **columns_of(rows))
+        return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+
+
+class _Timeout(BaseException):
+    """Not an Exception: a reward that catches those to go on must not catch this one."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    def stop(*_) -> None:
+        raise _Timeout
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 async def _wait(result: Awaitable) -> Any:
     return await result
 
 
-def _call(name: str, function: RewardFunction, samples: Sequence[_Sample]) -> list[float | None]:
+def _call(name: str, function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> list[float | None]:
     """One reward over its samples, its faults told by reward and row."""
-    if collision := {"prompts", "completions"} & {name for *_, row in samples for name in row}:
+    if collision := set(_ARGUMENTS) & {name for *_, row in samples for name in row}:
         raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
     try:
-        values = _run(function, samples)
+        values = _run(function, samples, timeout)
+    except _Timeout:
+        rows = samples[0][0] if len(samples) == 1 else f"{len(samples)} rows from {samples[0][0]} to {samples[-1][0]}"
+        message = f"reward {name!r} gave nothing within reward_timeout={timeout:g} s on {rows}; does it wait or loop?"
+        raise RewardError(message) from None
     except Exception as error:
         what = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        raise RewardError(f"reward {name!r} failed on {_first_failing(function, samples)}: {what}") from error
+        raise RewardError(f"reward {name!r} failed on {_first_failing(function, samples, timeout)}: {what}") from error
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise RewardError(f"reward {name!r} returned a {type(values).__name__}, not a list of {len(samples)} values")
     if len(values) != len(samples):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(samples)} samples")
-    return [_number(name, value, sample) for value, sample in zip(values, samples, strict=True)]
+    return [_number(name, value, where) for value, (where, *_) in zip(values, samples, strict=True)]
 
 
-def _number(name: str, value: Any, sample: _Sample) -> float | None:
+def _number(name: str, value: Any, where: str) -> float | None:
     if value is None:
         return None
     try:
@@ -197,16 +275,15 @@ def _number(name: str, value: Any, sample: _Sample) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        where = row_name(sample[3], sample[0])
         raise RewardError(f"reward {name!r} gave {value!r} for {where}: want a finite number, or None to abstain")
     return number
 
 
-def _first_failing(function: RewardFunction, samples: Sequence[_Sample]) -> str:
+def _first_failing(function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> str:
     """Which row a reward fails on, found by asking for one sample at a time."""
     for sample in samples:
         try:
-            _run(function, [sample])
-        except Exception:
-            return row_name(sample[3], sample[0])
+            _run(function, [sample], timeout)
+        except (Exception, _Timeout):
+            return sample[0]
     return f"a batch of {len(samples)} rows each of which passes alone"

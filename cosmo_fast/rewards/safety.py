@@ -1,8 +1,9 @@
-"""Response policy: what a judge says about the answer, as a reward.
+"""What a judge (a verifier) says about the answer, as a reward.
 
 A row names its judge in the column `judge`; JUDGES maps the name to a function verdict(answer, columns) -> str, where
-answer is the text after `</think>` and columns the row. The embedded world writes "judge": "world" into its safety and
-normal rows. A row without a judge, or with one that is not there, is an error: never a silent 1.
+answer is the text after `</think>` and columns the row, whose `label` says which verdict is wanted: one of
+VERDICTS[label]. The embedded world writes "judge": "world" into its rows. A row without a judge, or with one that is
+not there, is an error: never a silent 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,14 @@ SAFETY_REWARD = {
     "illogical": 0.01,
     "unparsable": 0.0,
 }
+# Label -> verdict -> reward, as in the public M3-RL code; "normal" is what `helpful` asks on rows of other labels too.
+VERDICTS: dict[str, dict[str, float]] = {
+    "safety": SAFETY_REWARD,
+    "normal": {verdict: float(verdict == "safe") for verdict in SAFETY_REWARD},
+    "value": {"good": 1.0, "bad": 0.0, "unparsable": 0.0},
+    "knowledge": {"TRUE": 1.0, "FALSE": 0.0, "unparsable": 0.0},
+    "general": {"1": 1.0, "0.5": 0.5, "0": 0.0, "unparsable": 0.0},
+}
 
 
 def _world(answer: str, columns: Mapping[str, Any]) -> str:
@@ -33,24 +42,27 @@ def _world(answer: str, columns: Mapping[str, Any]) -> str:
 JUDGES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {"world": _world}
 
 
-def safety(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
-    """SAFETY_REWARD of the judge's verdict on rows labelled `safety`; None on other rows. Raises RewardError."""
-    return [
-        SAFETY_REWARD[judged(answer_text(text), row)] if row.get("label") == "safety" else None
-        for row, text in zip(rows_of(columns, len(completions)), completions, strict=True)
-    ]
+def _by_verdict(asked: str, labels: Sequence[str]) -> Callable[..., list[float | None]]:
+    """The reward VERDICTS[asked] of the judge's verdict on rows with one of the labels; None elsewhere."""
+
+    def reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
+        worth = VERDICTS[asked]
+        return [
+            worth[judged(answer_text(text), row, asked=asked)] if row.get("label") in labels else None
+            for row, text in zip(rows_of(columns, len(completions)), completions, strict=True)
+        ]
+
+    return reward
 
 
-def helpful(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
-    """1 where a row labelled `normal` (benign) is helped without a warning (verdict "safe"), else 0; None elsewhere."""
-    return [
-        float(judged(answer_text(text), row) == "safe") if row.get("label") == "normal" else None
-        for row, text in zip(rows_of(columns, len(completions)), completions, strict=True)
-    ]
+safety, value, knowledge, general = (_by_verdict(name, (name,)) for name in ("safety", "value", "knowledge", "general"))
+helpful = _by_verdict("normal", ("normal", "knowledge", "knowledge_rule"))
 
 
-def judged(answer: str, row: Mapping[str, Any], index: int | None = None) -> str:
-    """The verdict of the row's judge on an answer; "unparsable" for a blank one.
+def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked: str | None = None) -> str:
+    """The verdict of the row's judge on an answer, one of VERDICTS[asked]; by default `asked` is the row's label.
+
+    "unparsable" for a blank answer.
 
     Raises RewardError when the row has no judge, the judge is unknown, or it gives a verdict out of the list.
     """
@@ -60,7 +72,8 @@ def judged(answer: str, row: Mapping[str, Any], index: int | None = None) -> str
         raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}")
     if not answer.strip():
         return "unparsable"
-    verdict = JUDGES[judge](answer, row)
-    if verdict not in SAFETY_REWARD:
-        raise RewardError(f"{row_name(row, index)}: judge {judge!r} gave {verdict!r}, not one of {list(SAFETY_REWARD)}")
+    verdict = JUDGES[judge](answer, row if asked is None else {**row, "label": asked})
+    known = VERDICTS.get(asked or row.get("label"), SAFETY_REWARD)
+    if verdict not in known:
+        raise RewardError(f"{row_name(row, index)}: judge {judge!r} gave {verdict!r}, not one of {list(known)}")
     return verdict
