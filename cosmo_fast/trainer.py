@@ -29,7 +29,7 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
-from cosmo_fast.rewards import REWARDS, RewardMix
+from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.alive import vision_alive
@@ -108,7 +108,19 @@ class Trainer:
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
-        return RewardMix(stage.reward_recipe, format_weight=stage.format_weight, rewards=own)
+        mix = RewardMix(
+            stage.reward_recipe,
+            format_weight=stage.format_weight,
+            rewards=own,
+            options=stage.reward_options,
+            max_completion_length=self.config.max_completion_length,
+            timeout=stage.reward_timeout,
+        )
+        if stage.multi_objective_aggregation == "gated" and stage.gate_reward not in mix.functions:
+            raise ConfigError(
+                f"gate_reward={stage.gate_reward!r} is no reward of stage {stage.name!r}: {[*mix.functions]}"
+            )
+        return mix
 
     def _check_rewards_used(self) -> None:
         used = {name for mix in self.reward_mixes.values() for name in mix.functions}
@@ -127,12 +139,13 @@ class Trainer:
             else:
                 longest = [[0] * self.config.max_completion_length] * stage.num_generations
                 sizes = [GroupSize.of(p, longest) for p in prompts]
-                columns = [p.columns for p in prompts]
+                columns = [p.columns | STAGE_COLUMNS for p in prompts]
                 mix = self.reward_mixes[stage.name]
                 for prompt in prompts:
                     _at(prompt.source, mix.recipe, prompt.columns)
                 if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
-                    _at(name, mix, [p.text for p in prompts], [""] * len(prompts), columns)
+                    rows = [p.text for p in prompts], [""] * len(prompts), columns, [p.source for p in prompts]
+                    _at(f"stage {stage.name!r}", mix, *rows)
                 score(columns, [""] * len(prompts))
                 params = sampling_params(self.config, stage)
                 lengths = [s.prompt for s in sizes]

@@ -1,13 +1,25 @@
 """Rewards: each rule at its edges, the routing by label, and that a faulty reward is named with its row."""
 
+import asyncio
 import math
+import signal
 import sys
+import time
 import types
 
 import pytest
 import torch
 
-from cosmo_fast.rewards import JUDGES, M3_RECIPES, REWARDS, SAFETY_REWARD, RewardError, RewardMix, resolve
+from cosmo_fast.rewards import (
+    JUDGES,
+    M3_RECIPES,
+    REWARDS,
+    SAFETY_REWARD,
+    MixedRewards,
+    RewardError,
+    RewardMix,
+    resolve,
+)
 from cosmo_fast.rewards.accuracy import boxed, same_answer
 
 GOOD = "<think>one and two</think>\\boxed{3}"
@@ -282,6 +294,82 @@ def test_a_reward_that_raises_is_named_with_the_row_that_it_fails_on():
     with pytest.raises(RewardError, match=r"reward 'picky' failed on row 1 \(id 'zero'\): ZeroDivisionError") as caught:
         RewardMix({"*": {"picky": 1}}, rewards={"picky": picky})(["", ""], [GOOD, GOOD], rows)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def hangs(prompts, completions, **columns):
+    while True:
+        try:
+            time.sleep(5)
+        except Exception:  # such a loop may not go on
+            continue
+
+
+async def waits(prompts, completions, **columns):
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("reward", [hangs, waits])
+def test_a_reward_that_hangs_stops_with_its_rows_after_the_timeout(reward):
+    mix = RewardMix({"*": {"slow": 1}}, rewards={"slow": reward}, timeout=0.2)
+    started = time.perf_counter()
+    with pytest.raises(
+        RewardError, match=r"'slow' gave nothing within reward_timeout=0.2 s on a.jsonl:3, row 0 \(id 's'"
+    ):
+        mix([""], [GOOD], [{"id": "s"}], ["a.jsonl:3"])
+    with pytest.raises(RewardError, match="on 2 rows from row 0 to row 1"):
+        mix(["", ""], [GOOD, GOOD], [{}, {}])
+    assert time.perf_counter() - started < 3
+    time.sleep(0.3)  # no alarm is left behind
+
+
+def test_a_reward_in_time_leaves_the_alarm_as_it_was():
+    before = signal.getsignal(signal.SIGALRM)
+    RewardMix({"*": {"accuracy": 1}}, timeout=60)([""], [GOOD], [{"answer": "3"}])
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_faults_name_the_file_and_line_of_their_row():
+    def zero(prompts, completions, **columns):
+        return [1 / value for value in columns["x"]]
+
+    for recipes, row, word in (
+        ({"a": {}}, {"label": "b"}, "a label without a recipe"),
+        ({"*": {"zero": 1}}, {"x": 0}, "ZeroDivisionError"),
+        ({"*": {"nan": 1}}, {}, "gave nan"),
+        ({"*": {"none": 1}}, {}, "no reward of"),
+    ):
+        functions = {"zero": zero, "nan": lambda *_, **__: [math.nan], "none": lambda *_, **__: [None]}
+        own = {name: functions[name] for name in next(iter(recipes.values()))}
+        with pytest.raises(RewardError, match=word) as caught:
+            RewardMix(recipes, rewards=own)([""], [GOOD], [row], ["data.jsonl:17"])
+        assert "data.jsonl:17, row 0" in str(caught.value)
+
+
+def test_options_reach_a_reward_and_one_that_it_does_not_take_is_refused():
+    def scaled(prompts, completions, *, scale=1.0, **columns):
+        return [scale] * len(completions)
+
+    recipes, own = {"*": {"scaled": 1}}, {"scaled": scaled}
+    assert (
+        RewardMix(recipes, format_weight=0, rewards=own, options={"scaled": {"scale": 3}})([""], [""], [{}]).total == 3
+    )
+    with pytest.raises(ValueError, match=r"reward_options.scaled: \['scales'\] .*\['scale'\]"):
+        RewardMix(recipes, rewards=own, options={"scaled": {"scales": 3}})
+    with pytest.raises(ValueError, match="reward_options name .'visual_key'."):
+        RewardMix(recipes, rewards=own, options={"visual_key": {"tau_high": 0.9}})
+    with pytest.raises(ValueError, match="reward_timeout=0"):
+        RewardMix(timeout=0)
+
+
+def test_a_gate_comes_first_and_what_is_merged_is_the_weighted_sum_of_the_rest():
+    nan = float("nan")
+    matrix = torch.tensor([[1.0, 0.5, 0.0], [0.0, nan, 1.0], [nan, nan, 1.0]])
+    mixed = MixedRewards(matrix.nan_to_num().sum(1), matrix, torch.tensor([[1.0, 2.0, 3.0]] * 3), ("a", "b", "gate"))
+    first, weights = mixed.apart(["gate"])
+    assert first[:, 0].tolist() == [0, 1, 1] and first[:, 1].tolist()[:2] == [1, 0] and weights[0].tolist() == [3, 1, 2]
+    merged, weights = mixed.apart(["gate"], merge=True)
+    assert merged.tolist()[:2] == [[2.0, 0.0], [0.0, 1.0]] and weights[0].tolist() == [1, 3]
+    assert merged[2, 0].isnan() and merged[2, 1] == 1
 
 
 def test_a_safety_row_without_a_judge_stops_the_mix_with_its_place_in_the_batch():

@@ -67,7 +67,9 @@ class StageConfig(Strict):
     cpgd_weighting: Literal["equal", "std", "clip_filter"] = "clip_filter"  # of advantage: cpgd
     cale_mu: float = Field(default=1.0, ge=0, le=1)  # of advantage: cale
     cale_a: float = Field(default=1.0, gt=0)  # below 1 favours short answers
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum", "gated"] = "sum_then_normalize"
+    gate_reward: str | None = None  # of gated: where it is below gate_threshold, a response has no other reward
+    gate_threshold: float = 0.5
     epsilon: float | None = Field(default=None, gt=0)
     epsilon_high: float | None = Field(default=None, gt=0)
     delta: float | None = None
@@ -90,6 +92,8 @@ class StageConfig(Strict):
     max_rollout_kl: float | None = Field(default=0.05, gt=0)  # nats a token between sampler and trainer; null: no bound
     reward_recipe: dict[str, dict[str, float]] | None = None  # label -> reward -> weight; default: seeds of COSMO-RL
     format_weight: float = Field(default=1.0, ge=0)
+    reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # reward -> argument -> value
+    reward_timeout: float = Field(default=600.0, gt=0)  # seconds that one call of a reward may take
 
     @model_validator(mode="after")
     def _fits(self):
@@ -138,6 +142,8 @@ class StageConfig(Strict):
         advantage = self.advantage or DEFAULTS[self.loss_type][1]
         idle = {name: "advantage: cale" for name in ("cale_mu", "cale_a") if advantage != "cale"}
         idle |= {"cpgd_weighting": "advantage: cpgd"} if advantage != "cpgd" else {}
+        gated = self.multi_objective_aggregation == "gated"
+        idle |= {} if gated else dict.fromkeys(("gate_reward", "gate_threshold"), "multi_objective_aggregation: gated")
         idle |= {name: "a beta above 0" for name in ("kl", "use_bias_correction_kl") if not self.beta}
         for name, owner in idle.items():
             if getattr(self, name) != StageConfig.model_fields[name].default:

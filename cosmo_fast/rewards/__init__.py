@@ -2,7 +2,7 @@
 
 from cosmo_fast.rewards.columns import RewardError
 from cosmo_fast.rewards.format import answer_text
-from cosmo_fast.rewards.mix import M3_RECIPES, REWARDS, MixedRewards, RewardMix, resolve
+from cosmo_fast.rewards.mix import M3_RECIPES, REWARDS, STAGE_COLUMNS, MixedRewards, RewardMix, resolve
 from cosmo_fast.rewards.safety import JUDGES, SAFETY_REWARD
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "M3_RECIPES",
     "REWARDS",
     "SAFETY_REWARD",
+    "STAGE_COLUMNS",
     "MixedRewards",
     "RewardError",
     "RewardMix",

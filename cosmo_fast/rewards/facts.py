@@ -13,7 +13,7 @@ _NUMBERS = (
 ).split()
 _STOP = frozenset("a an the is are was were be am of at in on to this that these those there it its i you with".split())
 _NEGATION = frozenset("no not without nothing neither nor isn't aren't".split())
-_CLAUSES = re.compile(r"[,;:!?\n()]|\.(?!\d)|\b(?:and|but|while)\b|<[^>]*>")
+_CLAUSES = re.compile(r"[,;!?\n()]|\.(?!\d)|\b(?:and|but|while)\b|<[^>]*>")
 # Two different values of one class, said of the same thing, contradict each other.
 _CLASSES = {
     "colour": "red orange yellow green blue purple pink brown black white grey gray",

@@ -42,7 +42,7 @@ def _follows(text: str, instruction: dict[str, Any]) -> bool:
                 return bounds.get("min", 0) <= sum(map(bool, parts)) <= bounds.get("max", math.inf)
         case {"kind": "include" | "exclude" as kind, "word": str(word), **rest} if word.strip() and not rest:
             return _in_order(text, [word]) == (kind == "include")
-        case {"kind": "order", "words": [*words], **rest} if words and all(words) and not rest:
+        case {"kind": "order", "words": [*words], **rest} if words and not rest and _texts(words):
             return _in_order(text, words)
         case {"kind": "starts_with", "text": str(start), **rest} if start.strip() and not rest:
             return text.casefold().startswith(start.strip().casefold())
@@ -63,6 +63,10 @@ def _in_order(text: str, words: Sequence[str]) -> bool:
     """Whether the words or phrases stand in text, whole and in this order."""
     pattern = r"(?!\w).*?".join(rf"(?<!\w){re.escape(word)}" for word in words) + r"(?!\w)"
     return bool(re.search(pattern, text, re.IGNORECASE | re.DOTALL))
+
+
+def _texts(words: Sequence[Any]) -> bool:
+    return all(isinstance(word, str) and word.strip() for word in words)
 
 
 def _is_json(text: str) -> bool:

@@ -66,11 +66,11 @@ class MixedRewards:
         joint = (torch.cat([getattr(part, name) for part in parts]) for name in ("total", "matrix", "weights"))
         return cls(*joint, parts[0].names)
 
-    def apart(self, named: Sequence[str], merge: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(matrix, weights) of the same samples, (S, K) each, for several objectives of `objectives.advantages`.
+    def apart(self, named: Sequence[str], merge: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(matrix, weights) of the same samples, (S, K) each, as `objectives.advantages` takes several objectives.
 
-        merge: the weighted sum of all others first, then the rewards in `named` (lagrangian); else those first, then
-        each of the others (gated).
+        The rewards in `named` come first, then each of the others (gated); with `merge` the weighted sum of all others
+        comes first (lagrangian).
         """
         chosen = [self.names.index(name) for name in named]
         others = [column for column in range(len(self.names)) if column not in chosen]
@@ -110,6 +110,7 @@ class RewardMix:
         format_weight: float = 1.0,
         rewards: Mapping[str, RewardFunction | str] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        max_completion_length: int | None = None,
         timeout: float = 600.0,
     ):
         if not 0 < timeout < math.inf:
@@ -132,6 +133,8 @@ class RewardMix:
             raise ValueError(f"rewards {sorted(unused)} are given but no label's recipe uses them")
         if unused := (options or {}).keys() - self.functions.keys():
             raise ValueError(f"reward_options name {sorted(unused)}, but the rewards here are {list(self.functions)}")
+        if "soft_overlong" in self.functions and max_completion_length is not None:
+            self.functions["soft_overlong"] = partial(soft_overlong, max_completion_length=max_completion_length)
         for name, given in (options or {}).items():
             takes = inspect.signature(self.functions[name]).parameters.keys() - {*_ARGUMENTS, "columns"}
             if unknown := sorted(given.keys() - takes):

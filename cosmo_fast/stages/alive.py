@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
-from cosmo_fast.plan import Plan
-from cosmo_fast.stages.base import Context
+from cosmo_fast.plan import Plan, Prompt
+from cosmo_fast.rollout import Completion
+from cosmo_fast.stages.base import Context, logprobs
+from cosmo_fast.stages.packed import Group
 
 ROWS, TOKENS = 4, 8
 # A picture that reaches no response changes nothing at all; what it adds to a random model is a thousand times this.
@@ -50,3 +53,21 @@ def vision_alive(context: Context, runner, data: dict[str, tuple[list, float]]) 
             "image_std of the image processor, and at whether these pictures are blank themselves"
         )
     return change
+
+
+def logprob_drops(context: Context, owner: list[Prompt], completions: list[Completion]) -> list[float | None]:
+    """By how many nats each completion's mean log-prob a token falls with blank pictures; None where there are none.
+
+    owner: the prompt of each completion, those of one prompt side by side.
+    """
+    groups: list[Group] = []
+    for i, (prompt, completion) in enumerate(zip(owner, completions, strict=True)):
+        if i and prompt is owner[i - 1]:
+            groups[-1].responses.append(completion.ids)
+        else:
+            groups.append(Group(prompt, [completion.ids], weights=[]))
+    seeing = [group for group in groups if group.prompt.media]
+    blind = iter(logprobs(context, context.policy, SimpleNamespace(features=context.vision.blank), seeing))
+    scored = [arrays for g in groups for arrays in (next(blind) if g.prompt.media else [None] * len(g.responses))]
+    pairs = zip(completions, scored, strict=True)
+    return [None if dark is None else float(seen.logps.mean() - dark.mean()) for seen, dark in pairs]

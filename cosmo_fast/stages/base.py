@@ -46,6 +46,19 @@ def by_response(values: torch.Tensor, groups: list[Group]) -> list[list[np.ndarr
     return [[next(pieces) for _ in g.responses] for g in groups]
 
 
+@torch.no_grad()
+def logprobs(context: Context, policy: Policy, vision: Vision, groups: list[Group]) -> list[list[np.ndarray]]:
+    """Log-probs of the responses' tokens under ``policy``, fp32 arrays in a list for each group; no gradient."""
+    scored: list[list[np.ndarray]] = [[] for _ in groups]
+    for work in passes(policy, vision, groups, context.config.max_tokens_per_batch):
+        targets = work.plan.tensor("targets", policy.device)
+        temperature = context.stage.temperature
+        logps, _ = ops.linear_logprobs(work.hidden, policy.head_weight, targets, temperature=temperature)
+        for i, arrays in zip(work.indices, by_response(logps, work.groups), strict=True):
+            scored[i] += arrays
+    return scored
+
+
 def step_seed(seed: int, *path: int) -> int:
     """A seed of its own for every place in a run, from the run's seed and integers that name the place."""
     return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)

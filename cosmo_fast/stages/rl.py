@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosmo_fast import ops
 from cosmo_fast.config import Config, StageConfig
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.models import Policy
@@ -20,8 +19,9 @@ from cosmo_fast.plan import Prompt
 from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
-from cosmo_fast.stages.base import Context, accumulate, by_response, own_share, step_seed
-from cosmo_fast.stages.packed import Group, passes
+from cosmo_fast.stages.alive import logprob_drops
+from cosmo_fast.stages.base import Context, accumulate, logprobs, own_share, step_seed
+from cosmo_fast.stages.packed import Group
 from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
 
 
@@ -104,7 +104,7 @@ class RLStage:
         sampled = time.perf_counter()
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         owner = [p for p in ranks.share(prompts) for _ in range(each)]
-        mixed = self.reward_mix([p.text for p in owner], texts, [p.columns for p in owner])
+        mixed = self._rewarded(owner, completions, texts)
         shares = ranks.gather((completions, texts, mixed))
         completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
@@ -144,6 +144,15 @@ class RLStage:
             for i in spread
         ]
 
+    def _rewarded(self, owner: list[Prompt], completions: list[Completion], texts: list[str]) -> MixedRewards:
+        """The rewards of this rank's responses, each row with STAGE_COLUMNS."""
+        added: list[dict[str, Any]] = [{"completion_ids": c.ids.tolist()} for c in completions]
+        if "visual_focus_drop" in self.reward_mix.functions:
+            for row, drop in zip(added, logprob_drops(self.context, owner, completions), strict=True):
+                row["blank_logprob_drop"] = drop
+        rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
+        return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner])
+
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
         stage = self.context.stage
         lengths = torch.tensor([len(c.ids) for c in completions])
@@ -151,7 +160,11 @@ class RLStage:
         if stage.multi_objective_aggregation == "sum_then_normalize":
             return advantages(mixed.total, groups, self.advantage, **options)
         options["multi_objective_aggregation"] = stage.multi_objective_aggregation
-        return advantages(mixed.matrix, groups, self.advantage, reward_weights=mixed.weights, **options)
+        matrix, weights = mixed.matrix, mixed.weights
+        if stage.multi_objective_aggregation == "gated":
+            matrix, weights = mixed.apart([stage.gate_reward])
+            options["gate_threshold"] = stage.gate_threshold
+        return advantages(matrix, groups, self.advantage, reward_weights=weights, **options)
 
     @torch.no_grad()
     def _score_reference(self) -> None:
@@ -165,16 +178,9 @@ class RLStage:
     def _score_groups(self, vision: Vision) -> None:
         context, reference = self.context, self.reference
         mine = own_share(context, self.groups)
-        scored: dict[int, list[np.ndarray]] = {i: [] for i in mine}
-        for work in passes(reference, vision, [self.groups[i] for i in mine], context.config.max_tokens_per_batch):
-            targets = work.plan.tensor("targets", reference.device)
-            logps, _ = ops.linear_logprobs(
-                work.hidden, reference.head_weight, targets, temperature=context.stage.temperature
-            )
-            for i, arrays in zip(work.indices, by_response(logps, work.groups), strict=True):
-                scored[mine[i]] += arrays
-        for share in context.ranks.gather(scored):
-            for i, arrays in share.items():
+        scored = logprobs(context, reference, vision, [self.groups[i] for i in mine])
+        for share in context.ranks.gather(list(zip(mine, scored, strict=True))):
+            for i, arrays in share:
                 self.groups[i].ref_logps = arrays
 
 
