@@ -3,10 +3,16 @@
 import time
 
 import pytest
+from short_run import SHORT
 
+from cosmo_fast import report
+from cosmo_fast.config import load_config
+from cosmo_fast.objectives import advantages
 from cosmo_fast.rewards import JUDGES, M3_RECIPES, REWARDS, RewardError, RewardMix
 from cosmo_fast.rewards.accuracy import same_answer
 from cosmo_fast.rewards.instruction import followed
+from cosmo_fast.stages import rl
+from cosmo_fast.trainer import Trainer
 
 
 def run(name, texts, **columns):
@@ -245,3 +251,27 @@ def test_the_table_rewards_a_true_and_helpful_answer_more_than_a_true_one(judge)
 def test_no_label_is_rewarded_without_its_verifier(label):
     with pytest.raises(RewardError, match="rows.jsonl:1, row 0.*no column 'judge'"):
         RewardMix()([""], [boxed(3)], [{"label": label, "answer": "3"}], ["rows.jsonl:1"])
+
+
+def test_a_recipe_gates_its_rewards_and_says_what_is_wrong_with_a_gate(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write_plots", lambda folder: None)
+    seen = []
+    monkeypatch.setattr(
+        rl, "advantages", lambda *args, **options: seen.append((args, options)) or advantages(*args, **options)
+    )
+    gated = "--stages.rl.multi_objective_aggregation=gated"
+    rewards = "--stages.rl.reward_recipe={'*': {visual_focus_drop: 1, repetition: 1}}"
+    gate = ["--stages.rl.gate_reward=repetition", "--stages.rl.gate_threshold=-0.1"]
+    for flags, word in (
+        ([gated, rewards], "gate_reward=None is no reward of stage 'rl'"),
+        ([gated, rewards, "--stages.rl.gate_reward=safety"], "gate_reward='safety' is no reward"),
+        ([rewards, gate[0]], "gate_reward='repetition' has no effect without multi_objective_aggregation: gated"),
+        (["--stages.rl.reward_recipe={'*': {soft_overlong: 1}}"], r"stage 'rl': .*jsonl:1, row 0.*'soft_punish_cache'"),
+        (["--stages.rl.reward_recipe={'*': {value: 1}}"], "stage 'rl': no reward of .*jsonl:1, row 0"),
+        (["--stages.rl.reward_timeout=0"], "reward_timeout"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            Trainer(load_config(str(recipe), [*SHORT, *flags]))
+    Trainer(load_config(str(recipe), [*SHORT, gated, rewards, *gate])).train()
+    assert seen and all(args[0].shape[1] == 3 and (args[0][:, 0] <= 0).all() for args, _ in seen)  # repetition first
+    assert {options["gate_threshold"] for _, options in seen} == {-0.1}

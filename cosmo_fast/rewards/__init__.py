@@ -3,7 +3,7 @@
 from cosmo_fast.rewards.columns import RewardError
 from cosmo_fast.rewards.format import answer_text
 from cosmo_fast.rewards.mix import M3_RECIPES, REWARDS, STAGE_COLUMNS, MixedRewards, RewardMix, resolve
-from cosmo_fast.rewards.safety import JUDGES, SAFETY_REWARD
+from cosmo_fast.rewards.safety import JUDGES, SAFETY_REWARD, VERDICTS
 
 __all__ = [
     "JUDGES",
@@ -11,6 +11,7 @@ __all__ = [
     "REWARDS",
     "SAFETY_REWARD",
     "STAGE_COLUMNS",
+    "VERDICTS",
     "MixedRewards",
     "RewardError",
     "RewardMix",
