@@ -99,6 +99,18 @@ def test_consistency_is_the_share_of_what_is_used_that_was_given_and_0_on_a_conf
     assert run("consistency", [response(description, think, answer)], facts=FACTS) == [pytest.approx(expected)]
 
 
+def test_the_worlds_own_reasoning_is_consistent_with_its_picture_and_not_with_another(small_world):
+    rows = [json.loads(line) for line in (small_world / "train.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["label"] == "general_rule" and row["task"] not in ("presence", "sum")]
+    thoughts = [row["messages"][-1]["content"].partition("</think>")[0].removeprefix("<think>") for row in rows]
+    facts = [row["facts"] for row in rows]
+    for shift, low, high in ((0, 0.9, 1.0), (1, 0.0, 0.6)):
+        seen = facts[shift:] + facts[:shift]
+        texts = [response(". ".join(f["visual"]), t, "") for f, t in zip(seen, thoughts, strict=True)]
+        mean = np.mean(REWARDS["consistency"]([""] * len(rows), texts, facts=facts))
+        assert low <= mean <= high, (shift, mean)
+
+
 def test_what_the_question_gives_may_be_used():
     text = response("3 red frogs", "2 apples", "frogs")
     assert run("consistency", [text], prompt="There are 2 apples.", facts=FACTS) == [1.0]

@@ -66,6 +66,12 @@ def claims(text: str, about: set[str]) -> Claims:
     return result
 
 
+def items(text: str, about: set[str]) -> set:
+    """The things in `about` and the attributes that text names, and its claims of a thing's number."""
+    numbers = {(claim, value) for claim, values in claims(text, about).items() for value in values if "number" in claim}
+    return numbers.union(*(words & (about | _CLASS.keys()) for words in clauses(text)))
+
+
 def conflicts(said: Claims, known: Claims) -> int:
     """How many values are said of a thing of which that class is known, and fit no known value of it.
 

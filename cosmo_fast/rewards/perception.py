@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosmo_fast.rewards.columns import RewardError, row_name, rows_of
-from cosmo_fast.rewards.facts import claims, clauses, conflicts, stated_facts, things
+from cosmo_fast.rewards.facts import claims, clauses, conflicts, items, stated_facts, things
 from cosmo_fast.rewards.format import section
 
 
@@ -46,20 +46,17 @@ def consistency(prompts: Sequence, completions: Sequence[str], **columns) -> lis
     """R_cons of VTPerception-R1: |F ∩ E| / max(1, |F|), and 0 on a clear conflict.
 
     F: the key items of `<think>` and `<answer>`; E: those of `<description>` and the question. Ours: an item is a thing
-    of the row's facts, or a number, colour, place or size said of one; a conflict is one of the latter in F that
-    contradicts E.
+    of the row's facts, a colour, place or size, or a number of a thing; a conflict is a value in F that contradicts
+    what E says of the same thing (`facts.conflicts`).
     """
     rewards: list[float | None] = []
     for prompt, row, text in zip(prompts, rows_of(columns, len(completions)), completions, strict=True):
         about = things([fact for facts in facts_of(row).values() for fact in facts])
         used = f"{section(text, 'think')}<>{section(text, 'answer')}"  # a tag ends a clause
         given = f"{section(text, 'description')}<>{prompt}"
-        named, shown = (about & set().union(*clauses(side)) for side in (used, given))
-        said, known = claims(used, about), claims(given, about)
-        total = len(named) + sum(map(len, said.values()))
-        # Without a conflict, what is said is in E where E says something of that thing and class.
-        shared = len(named & shown) + sum(len(values) for claim, values in said.items() if claim in known)
-        rewards.append(None if not about else 0.0 if conflicts(said, known) else shared / max(1, total))
+        share = len(items(used, about) & items(given, about)) / max(1, len(items(used, about)))
+        clash = conflicts(claims(used, about), claims(given, about))
+        rewards.append(None if not about else 0.0 if clash else share)
     return rewards
 
 
