@@ -1,6 +1,5 @@
 """Answers graded by rule: exact, mathematics, multiple choice, within a tolerance."""
 
-import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ RULE_LABELS = ("general_rule", "knowledge_rule")
 # Bounded digits: a policy that writes 1e999999999 must not cost a gigabyte of integer.
 _NUMBER = re.compile(r"([+-]?)(\d{0,30}(?:\.\d{1,30})?)(?:/(\d{1,30}))?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_FORMULA = re.compile(r"[\\^=*/+()%√π]|\d-|-[a-z\d]")  # what sends a pair of answers to math-verify
+_FORMULA = re.compile(r"[\\^=*/+()%!√π]|\d-|-[a-z\d]")  # what sends a pair of answers to math-verify
 _WORD = re.compile(r"[^\W\d_]{3}")  # as mathematics "(listen)" is "silent": the same letters multiplied
 _COMMAND = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}|\\[A-Za-z]+")
-_COSTLY = re.compile(r"\^\{?\s*\d{3}|\^\{[^{}]*\^|!|.{200}", re.DOTALL)  # 9^{9^9}: seconds and gigabytes to evaluate
+_COSTLY = re.compile(r"\^\{?\s*\d{3}|\^\{[^{}]*\^|\d{3}!|[^\d]!|.{200}", re.DOTALL)  # minutes, gigabytes
 
 
 def accuracy(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
@@ -80,19 +79,16 @@ def _option(answer: str, choices: Sequence[str]) -> int | None:
 
 
 def _within(given: str | None, expected: str, row: Mapping[str, Any]) -> bool:
-    text = str(row["tolerance"])
+    text, target, number = str(row["tolerance"]), normalise(expected), normalise(given or "")
     try:
-        bound = float(text.removesuffix("%"))
+        bound = Fraction(text.removesuffix("%"))  # exact: 2.1 lies within 0.1 of 2
     except ValueError:
-        bound = math.nan
-    target = normalise(expected)
-    if not isinstance(target, Fraction) or not 0 <= bound < math.inf:
-        what = f"tolerance {row['tolerance']!r} and answer {expected!r}"
+        bound = Fraction(-1)
+    if bound < 0 or not isinstance(target, Fraction):
+        what = f"tolerance {text!r} and answer {expected!r}"
         raise RewardError(f"{row_name(row)}: {what} must be a number (or share, '5%') of at least 0 and a number")
-    number = None if given is None else normalise(given)
-    # Exact: 0.3 lies within 0.1 of 0.2.
-    limit = Fraction(text.removesuffix("%").strip()) * (abs(target) / 100 if text.endswith("%") else 1)
-    return isinstance(number, Fraction) and abs(number - target) <= limit
+    bound *= abs(target) / 100 if text.endswith("%") else 1
+    return isinstance(number, Fraction) and abs(number - target) <= bound
 
 
 def boxed(text: str) -> str | None:
