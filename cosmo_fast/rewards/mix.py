@@ -100,7 +100,8 @@ class RewardMix:
     rewards: further rewards, {name: callable or dotted path}, each f(prompts, completions, **columns) -> list of floats
     or None (does not apply), sync or async. A reward sees the samples whose recipe names it and no others.
     options: {reward: {argument: value}}, such as {"visual_key": {"tau_high": 0.9}}. timeout: seconds that one call of a
-    reward may take; the limit is a signal, which only the main thread has: elsewhere there is none.
+    reward may take; the limit is SIGALRM, which only the main thread has: elsewhere there is none, nor after an
+    alarm that the reward sets itself (math-verify's limits do).
     """
 
     def __init__(
