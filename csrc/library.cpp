@@ -22,5 +22,10 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
       "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, bool weight_wanted) -> (Tensor dx, Tensor "
       "dweight)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("vision_greedy(Tensor features, Tensor counts, Tensor keep, Tensor? text) -> Tensor");
+  m.def(
+      "vision_attention(Tensor query, Tensor key, Tensor lse, Tensor counts, Tensor query_counts, float scale) -> "
+      "Tensor");
+  m.def("vision_squares(Tensor x, Tensor back) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
 }

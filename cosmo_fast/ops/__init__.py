@@ -10,6 +10,7 @@ from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_a
 from cosmo_fast.ops.rms_norm import rms_norm, rms_norm_reference
 from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.swiglu import swiglu, swiglu_reference
+from cosmo_fast.ops.vision_prune import kept_counts, vision_prune
 from cosmo_fast.ops.vocab_stats import VocabStats, vocab_stats, vocab_stats_reference
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "group_advantages",
     "group_advantages_reference",
     "grpo_loss",
+    "kept_counts",
     "linear_kl",
     "linear_kl_reference",
     "linear_logprobs",
@@ -35,6 +37,7 @@ __all__ = [
     "rms_norm_reference",
     "swiglu",
     "swiglu_reference",
+    "vision_prune",
     "vocab_stats",
     "vocab_stats_reference",
 ]
