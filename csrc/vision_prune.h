@@ -16,6 +16,7 @@ namespace cosmo_fast::vision_prune {
 // Length of every row that is not zero. Its elements fit into 16 bits, a product of two rows into int32 (as does every
 // part of the sum: Cauchy and Schwarz) and the square of a distance into uint32, one below its largest value.
 constexpr int kUnit = 32000;
+constexpr int64_t kMost = 1 << 16;  // rows and columns of an image, so that sums over either fit, too
 constexpr double kInverse = 1.0 / (double(kUnit) * kUnit);
 constexpr int kSumLanes = 32;        // a row's squares: element j goes to lane j % 32 in fp64, then halves are added
 constexpr double kDependent = 1e-9;  // dpp: a row with less left of its squared length is a combination of the picks

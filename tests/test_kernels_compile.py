@@ -24,7 +24,7 @@ def _run(*command, interpret=False):
 def test_every_kernel_compiles_for_both_targets_without_spills():
     lines = _run("-m", "cosmo_fast.kernels.check").splitlines()
     assert re.fullmatch(r"kernels-check: \d+ compiled with triton \S+, 0 spill", lines[-1])
-    for name in ("stats", "grad", "kl", "group", "forward", "query", "key"):
+    for name in ("stats", "grad", "kl", "group", "forward", "query", "key", "columns", "squares"):
         for target in ("sm_80", "sm_90"):
             assert any(line.startswith(f"{name}_kernel") and target in line for line in lines)
 
@@ -37,6 +37,7 @@ def test_the_twins_pass_the_tests_of_the_cpu_kernels_under_the_interpreter():
         "tests/test_linear_kl.py",
         "tests/test_advantages.py",
         "tests/test_prefix_attention_triton.py",
+        "tests/test_vision_prune.py",
     )
     assert " passed" in _run(*ours, interpret=True)
 

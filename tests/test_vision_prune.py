@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from devices import DEVICE, compiled_only
+from devices import DEVICE, compiled_only, interpret
 
 from cosmo_fast.ops import kept_counts, vision_prune
 
+interpret("vision_prune", "vision_attention", "vision_squares")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 UNIT = 32000
 
@@ -86,3 +87,173 @@ def test_the_greedy_selectors_pick_what_brute_force_picks(selector, dtype):
             expected += [start + j for j in (GREEDY[selector](own, k, text[i].double().tolist()) if k else [])]
             start += count
         assert rows.tolist() == expected, keep
+
+
+def _case(dtype, counts, seed=0):
+    """Everything that the selectors read, for `counts`; the keys have ties."""
+    generator = torch.Generator().manual_seed(seed)
+    x, text = _images(dtype, counts, seed=seed)
+    queries = [3 + i for i in range(len(counts))]
+    query = torch.randn(sum(queries), 6, 8, generator=generator).to(dtype).to(DEVICE)
+    key = torch.randn(sum(counts), 2, 8, generator=generator).to(dtype).to(DEVICE)
+    key[3], key[4] = key[1], key[1]
+    lse = (torch.randn(sum(queries), 6, generator=generator) + 4).to(DEVICE)
+    given = {"text": text, "seeds": [7 * i - 3 for i in range(len(counts))], "query": query, "key": key, "lse": lse}
+    return x, given | {"query_counts": queries, "grids": [(1, 1, c) if c % 4 else (c // 4, 2, 2) for c in counts]}
+
+
+def _weights(given, counts, image):
+    """The attention that each key of an image gets, one query row and head after the other."""
+    first, queries = sum(given["query_counts"][:image]), given["query_counts"][image]
+    start = sum(counts[:image])
+    query, key, lse = (given[name].double().tolist() for name in ("query", "key", "lse"))
+    return [
+        math.fsum(
+            math.exp(sum(a * b for a, b in zip(query[i][h], key[j][h // 3], strict=True)) / math.sqrt(8) - lse[i][h])
+            for i in range(first, first + queries)
+            for h in range(6)
+        )
+        for j in range(start, start + counts[image])
+    ]
+
+
+def _mixed(x):
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ x >> shift) * factor % 2**64
+    return x
+
+
+def _order(selector, given, x, counts, image, k):
+    """Rows of an image, the ones to keep first."""
+    n, start = counts[image], sum(counts[:image])
+    if selector == "attention":
+        scores = _weights(given, counts, image)
+    elif selector == "key_norm":
+        scores = [-sum(v * v for v in row.flatten().double().tolist()) for row in given["key"][start : start + n]]
+    elif selector == "random":
+        scores = [
+            -_mixed((_mixed(given["seeds"][image] % 2**64) + (j + 1) * 0x9E3779B97F4A7C15) % 2**64) for j in range(n)
+        ]
+    elif selector == "uniform":
+        chosen = {(2 * j + 1) * n // (2 * k) for j in range(k)}
+        scores = [j in chosen for j in range(n)]
+    else:
+        _, h, w = given["grids"][image]
+        rows, frame = x[start : start + n].double().tolist(), h * w
+        even = {(2 * j + 1) * frame // (2 * min(k, frame)) for j in range(min(k, frame))}
+        scores = [j in even for j in range(min(n, frame))]
+        scores += [_distance(rows[j], rows[j - frame]) / 1e9 - 1 for j in range(frame, n)]
+    return sorted(range(n), key=lambda j: (-scores[j], j))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("selector", ["uniform", "random", "attention", "key_norm", "frame_difference"])
+def test_the_scored_selectors_keep_the_best_rows_and_of_equal_ones_the_first(selector, dtype):
+    counts = [33, 1, 0, 20, 40]
+    x, given = _case(dtype, counts)
+    x[45] = x[41]  # a place that does not change
+    for keep in (0, 1, 2, 9, 0.3, 1.0):
+        rows = vision_prune(x, counts, keep, selector, **given)
+        expected = []
+        for i, k in enumerate(kept_counts(counts, keep)):
+            expected += sorted(sum(counts[:i]) + j for j in _order(selector, given, x, counts, i, int(k))[:k])
+        assert rows.tolist() == expected, keep
+
+
+@pytest.mark.parametrize("selector", ["max_min", "dpp", "attention", "key_norm", "frame_difference", "random"])
+def test_an_image_keeps_the_same_rows_whatever_is_beside_it(selector):
+    if selector in GREEDY and DEVICE == "cuda":
+        pytest.skip("one block an image")
+    counts = [24, 36, 16]
+    x, given = _case(torch.float32, counts)
+    rows = vision_prune(x, counts, 0.4, selector, **given)
+    parts = [x.split(counts), given["key"].split(counts)]
+    parts += [given[name].split(given["query_counts"]) for name in ("query", "lse")]
+    for order in ([1], [2, 0], [2, 1, 0]):
+        mixed = {name: [given[name][i] for i in order] for name in ("seeds", "query_counts", "grids")}
+        there = [torch.cat([part[i] for i in order]) for part in parts]
+        mixed |= {"text": given["text"][order], "key": there[1], "query": there[2], "lse": there[3]}
+        own = [counts[i] for i in order]
+        found = vision_prune(there[0], own, 0.4, selector, **mixed)
+        starts, expected = np.cumsum(own) - own, []
+        for start, i in zip(starts, order, strict=True):
+            first = sum(counts[:i])
+            expected += [int(start) + r - first for r in rows.tolist() if first <= r < first + counts[i]]
+        assert found.tolist() == expected
+
+
+@compiled_only
+@pytest.mark.parametrize("selector", GREEDY)
+def test_scaling_and_the_dtype_of_whole_numbers_change_no_pick(selector):
+    x = torch.randint(-9, 10, (90, 70), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    text = x[:1] - 1
+    rows = [vision_prune(x.to(t), [90], 30, selector, text=text.to(t)).tolist() for t in DTYPES]
+    rows += [vision_prune(x * 2.0**e, [90], 30, selector, text=text).tolist() for e in (-60, 60)]
+    rows.append(vision_prune(x.double() * 2.0**900, [90], 30, selector, text=text.double()).tolist())
+    assert all(r == rows[0] for r in rows)
+
+
+@compiled_only
+def test_texts_are_those_of_the_prompts_where_prompts_are_given():
+    counts, prompts = [30, 20, 25], [1, 0, 1]
+    x, text = _images(torch.float32, counts)
+    by_prompt = vision_prune(x, counts, 0.3, "dpp", text=text[:2], prompts=prompts)
+    assert by_prompt.equal(vision_prune(x, counts, 0.3, "dpp", text=text[prompts]))
+
+
+def test_kept_counts_are_exact_and_a_budget_is_divided_by_largest_remainder():
+    assert kept_counts([1000, 7, 0, 1], 0.1).tolist() == [100, 1, 0, 1]
+    assert kept_counts([300], 1 / 3).tolist() == [100] and kept_counts([49], 0.07).tolist() == [4]
+    assert kept_counts([5, 0, 9], 7).tolist() == [5, 0, 7] and kept_counts([5, 9], 0).tolist() == [0, 0]
+    assert kept_counts([10, 10, 10, 6], 10, [0, 0, 0, 5]).tolist() == [4, 3, 3, 6]
+    assert kept_counts([30, 10, 20], 7, [3, 9, 3]).tolist() == [4, 7, 3]
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        counts, prompts = generator.integers(0, 40, 6), generator.integers(0, 3, 6)
+        budget = int(generator.integers(0, 60))
+        kept = kept_counts(counts, budget, prompts)
+        for prompt in set(prompts.tolist()):
+            mine = prompts == prompt
+            total = int(counts[mine].sum())
+            assert kept[mine].sum() == min(budget, total)
+            exact = counts[mine] * min(1.0, budget / max(total, 1))
+            assert (abs(kept[mine] - exact) < 1).all() and (kept[mine] <= counts[mine]).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("selector", "name"),
+    [("max_min", "features"), ("dpp", "features"), ("dpp", "text"), ("frame_difference", "features")]
+    + [("key_norm", "key"), ("attention", "key"), ("attention", "query"), ("attention", "lse")],
+)
+def test_nan_and_infinity_are_refused_by_the_name_of_the_image(selector, name, value):
+    counts = [8, 4, 8]
+    x, given = _case(torch.bfloat16, counts)
+    given["features"] = x
+    rows = {"text": 1, "query": 4, "lse": 4}.get(name, 9)
+    given[name].view(len(given[name]), -1)[rows, 0] = value
+    with pytest.raises(ValueError, match=f"{selector}: .*{name}.* of image 1"):
+        vision_prune(given.pop("features"), counts, 0.5, selector, **given)
+
+
+def test_wrong_arguments_are_named():
+    x, given = _case(torch.float32, [8, 4])
+    for change, words in {
+        ("selector", "best"): "selector must be one of uniform, random, .* got 'best'",
+        ("keep", 0.0): "keep must be .* got 0.0",
+        ("keep", True): "keep must be .* got True",
+        ("keep", -1): "keep must be .* got -1",
+        ("counts", (8, 5)): r"features must have the 13 rows that counts give, got \(12, 24\)",
+        ("counts", (8, -5)): "counts must not be negative, got -5",
+        ("text", None): "'dpp' needs text",
+        ("text", x): r"text must be \(2, 24\)",
+        ("prompts", (0,)): "prompts must be 2 integers, one an image",
+    }.items():
+        call = {"counts": [8, 4], "keep": 2, "selector": "dpp", "text": given["text"]} | dict([change])
+        with pytest.raises(ValueError, match=words):
+            vision_prune(x, **call)
+    with pytest.raises(ValueError, match="grids must be"):
+        vision_prune(x, [8, 4], 2, "frame_difference", grids=[(2, 2, 2), (1, 2, 3)])
+    for name, value in {"lse": given["lse"][:3], "query": given["query"][:, :5], "query_counts": [7, 0]}.items():
+        with pytest.raises(ValueError, match="query_counts" if name == "query_counts" else "multiple of Hk"):
+            vision_prune(None, [8, 4], 2, "attention", **{**given, name: value})

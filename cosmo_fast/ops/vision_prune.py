@@ -172,15 +172,24 @@ def _refuse(bad: np.ndarray, counts: np.ndarray, selector: str, name: str) -> No
         raise ValueError(f"{selector}: {name} of image {image} has NaN or infinity (or squares that overflow)")
 
 
+def _plain(x: Tensor, name: str) -> Tensor:
+    """fp32 as the greedy kernels read it; an fp64 row is divided by its largest element first, so that it fits."""
+    x = _rows(x, name)
+    if x.dtype == torch.float64 and x.shape[1]:
+        largest = x.abs().amax(1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1.0)
+    return x.float().contiguous()
+
+
 def _greedy(features, text, counts, kept, selector):
-    features, places = _rows(features, "features"), (torch.from_numpy(counts), torch.from_numpy(kept))
-    if text is not None:
-        text = _rows(text, "text")
-    on_host = features.is_cpu or not torch._C._dispatch_has_kernel_for_dispatch_key("cosmo_fast::vision_greedy", "CUDA")
-    features, text = (x.cpu() if x is not None and on_host else x for x in (features, text))
+    features = _plain(features, "features")
+    text = None if text is None else _plain(text, "text")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("cosmo_fast::vision_greedy", "CUDA"):
+        features, text = (x if x is None else x.cpu() for x in (features, text))
+    places = (torch.from_numpy(counts), torch.from_numpy(kept))
     rows = torch.ops.cosmo_fast.vision_greedy(features, *places, text).cpu()
     _refuse(rows.numpy() < 0, kept, selector, "features" if text is None else "features or text")
-    return rows
+    return rows.sort().values  # images lie one after the other
 
 
 def _squares(x: Tensor, back: np.ndarray, counts: np.ndarray, selector: str, name: str = "key") -> np.ndarray:
@@ -244,3 +253,17 @@ def _(query, key, lse, counts, query_counts, scale):
 @torch.library.register_fake("cosmo_fast::vision_squares")
 def _(x, back):
     return x.new_empty(x.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_kernel("cosmo_fast::vision_attention", "cuda")
+def _(query, key, lse, counts, query_counts, scale):
+    from cosmo_fast.kernels.vision_prune import vision_attention as launch  # imports Triton
+
+    return launch(query, key, lse, counts, query_counts, scale)
+
+
+@torch.library.register_kernel("cosmo_fast::vision_squares", "cuda")
+def _(x, back):
+    from cosmo_fast.kernels.vision_prune import vision_squares as launch  # imports Triton
+
+    return launch(x, back)
