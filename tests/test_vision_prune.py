@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from devices import DEVICE, compiled_only, interpret
+from devices import DEVICE, INTERPRETED, compiled_only, interpret
 
 from cosmo_fast.ops import kept_counts, vision_prune
 
@@ -149,6 +149,8 @@ def _order(selector, given, x, counts, image, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("selector", ["uniform", "random", "attention", "key_norm", "frame_difference"])
 def test_the_scored_selectors_keep_the_best_rows_and_of_equal_ones_the_first(selector, dtype):
+    if INTERPRETED and (selector, dtype) == ("attention", torch.bfloat16):
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bf16")
     counts = [33, 1, 0, 20, 40]
     x, given = _case(dtype, counts)
     x[45] = x[41]  # a place that does not change
@@ -162,8 +164,6 @@ def test_the_scored_selectors_keep_the_best_rows_and_of_equal_ones_the_first(sel
 
 @pytest.mark.parametrize("selector", ["max_min", "dpp", "attention", "key_norm", "frame_difference", "random"])
 def test_an_image_keeps_the_same_rows_whatever_is_beside_it(selector):
-    if selector in GREEDY and DEVICE == "cuda":
-        pytest.skip("one block an image")
     counts = [24, 36, 16]
     x, given = _case(torch.float32, counts)
     rows = vision_prune(x, counts, 0.4, selector, **given)
