@@ -193,6 +193,7 @@ __device__ void dpp(const Job& job, const Space& a, const int16_t* units, const 
 __global__ void __launch_bounds__(kBlock) greedy_kernel(const Job* jobs, Space a) {
   extern __shared__ uint32_t space[];  // a vector (d) of int16, then the distances
   const Job job = jobs[blockIdx.x];
+  if (job.k == 0) return;
   const int16_t* units = a.units + job.start * a.d;
   int bad = a.text && a.text_squares[blockIdx.x] == kBad;
   for (int64_t i = threadIdx.x; i < job.n; i += kBlock) bad |= a.squares[job.start + i] == kBad;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kBlock) greedy_kernel(const Job* jobs, Space a
     for (int64_t t = threadIdx.x; t < job.k; t += kBlock) a.picks[job.first + t] = -1;
   } else if (a.text) {
     dpp(job, a, units, a.text + blockIdx.x * a.d, a.factor + a.factors[blockIdx.x]);
-  } else if (job.k > 0) {
+  } else {
     uint32_t* near = job.n <= a.shared_rows ? space + (a.d + 1) / 2 : a.near + job.start;
     max_min(job, a, units, reinterpret_cast<int16_t*>(space), near);
   }

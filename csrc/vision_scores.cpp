@@ -144,7 +144,7 @@ COSMO_OVERLOAD(bf16)
 COSMO_OVERLOAD(double)
 #undef COSMO_OVERLOAD
 
-    void check_rows(const Tensor& x, int64_t dim, const char* name) {
+void check_rows(const Tensor& x, int64_t dim, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == dim && (x.size(dim - 1) < 2 || x.stride(dim - 1) == 1), name,
                   " must be a CPU tensor with ", dim, " axes and contiguous rows");
 }

@@ -236,6 +236,14 @@ def test_nan_and_infinity_are_refused_by_the_name_of_the_image(selector, name, v
         vision_prune(given.pop("features"), counts, 0.5, selector, **given)
 
 
+@compiled_only
+def test_the_scores_are_ops_of_torch():
+    _, given = _case(torch.float32, [8, 4])
+    places = (torch.tensor([8, 4]), torch.tensor(given["query_counts"]), 0.3)
+    torch.library.opcheck(torch.ops.cosmo_fast.vision_attention, (given["query"], given["key"], given["lse"], *places))
+    torch.library.opcheck(torch.ops.cosmo_fast.vision_squares, (given["lse"], torch.zeros(7, dtype=torch.int64)))
+
+
 def test_wrong_arguments_are_named():
     x, given = _case(torch.float32, [8, 4])
     for change, words in {
@@ -247,6 +255,7 @@ def test_wrong_arguments_are_named():
         ("counts", (8, -5)): "counts must not be negative, got -5",
         ("text", None): "'dpp' needs text",
         ("text", x): r"text must be \(2, 24\)",
+        ("prompts", (0, 2)): r"text has 2 rows, .* got \[0, 2\]",
         ("prompts", (0,)): "prompts must be 2 integers, one an image",
     }.items():
         call = {"counts": [8, 4], "keep": 2, "selector": "dpp", "text": given["text"]} | dict([change])

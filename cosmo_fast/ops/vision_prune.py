@@ -123,12 +123,8 @@ def vision_prune(
         if name in _NEEDS.get(selector, ()) and (x.dim() != 2 + (name == "key") or len(x) != n):
             raise ValueError(f"{name} must have the {n} rows that counts give, got {tuple(x.shape)}")
     if selector in ("max_min", "dpp"):
-        if selector == "dpp":
-            text = text if prompts is None else text[torch.from_numpy(_integers("prompts", prompts, len(counts)))]
-            if text.shape != (len(counts), features.shape[1]) or text.dtype != features.dtype:
-                wanted = f"({len(counts) if prompts is None else 'prompts'}, {features.shape[1]}) {features.dtype}"
-                raise ValueError(f"text must be {wanted} like features, got {tuple(text.shape)} {text.dtype}")
-        return _greedy(features, text if selector == "dpp" else None, counts, kept, selector)
+        text = _text(text, features, counts, prompts) if selector == "dpp" else None
+        return _greedy(features, text, counts, kept, selector)
     first = np.zeros(n)  # ascending order of this, then of the rows
     if selector == "attention":
         first = -_attention(query, key, lse, counts, _integers("query_counts", query_counts, len(counts)), scale)
@@ -179,6 +175,19 @@ def _plain(x: Tensor, name: str) -> Tensor:
         largest = x.abs().amax(1, keepdim=True)
         x = x / torch.where(largest > 0, largest, 1.0)
     return x.float().contiguous()
+
+
+def _text(text: Tensor, features: Tensor, counts: np.ndarray, prompts) -> Tensor:
+    """A row an image."""
+    if prompts is not None:
+        prompts = _integers("prompts", prompts, len(counts))
+        if len(prompts) and not 0 <= prompts.min() <= prompts.max() < len(text):
+            raise ValueError(f"text has {len(text)} rows, which prompts name from 0 on, got {prompts.tolist()}")
+        text = text[torch.from_numpy(prompts).to(text.device)]
+    if text.shape != (len(counts), features.shape[1]) or text.dtype != features.dtype:
+        wanted = f"({len(counts)}, {features.shape[1]}) {features.dtype}"
+        raise ValueError(f"text must be {wanted}, a row an image or prompt, got {tuple(text.shape)} {text.dtype}")
+    return text
 
 
 def _greedy(features, text, counts, kept, selector):
