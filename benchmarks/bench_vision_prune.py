@@ -4,7 +4,7 @@
 
 One image of n rows, k kept; rows of a mixture, as patches of one thing resemble each other. `divprune_loop`: the whole
 matrix of cosine distances, then for every pick the minimum over the rows chosen so far, as DivPrune's published code
-goes about it. `running_min`: the same matrix and a running minimum, the fastest vectorised form in PyTorch (a product of
+goes about it. `running_min`: the same matrix and a running minimum, the fastest form in PyTorch (a product of
 each pick with all rows took four times as long). Both in fp32 whatever the dtype: cosines in bf16 are full of ties.
 `matrix`: attention of 64 text rows (28 query and 4 key heads of 128) to n + 64 keys as eager attention in transformers
 forms it, then its column sums; cosmo_fast is given q, k and the lse that flash attention leaves behind. The row

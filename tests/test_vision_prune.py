@@ -1,5 +1,6 @@
 """The kept vision rows against brute force in plain Python: ties, duplicates, few rows, many images, every dtype."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from devices import DEVICE, INTERPRETED, compiled_only, interpret
 
 from cosmo_fast.ops import kept_counts, vision_prune
+from cosmo_fast.ops.vision_prune import VERSION
 
 interpret("vision_prune", "vision_attention", "vision_squares")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -266,3 +268,12 @@ def test_wrong_arguments_are_named():
     for name, value in {"lse": given["lse"][:3], "query": given["query"][:, :5], "query_counts": [7, 0]}.items():
         with pytest.raises(ValueError, match="query_counts" if name == "query_counts" else "multiple of Hk"):
             vision_prune(None, [8, 4], 2, "attention", **{**given, name: value})
+
+
+@compiled_only
+@pytest.mark.parametrize(("selector", "digest"), [("max_min", "d0713a4e6377f997"), ("dpp", "a0f99604525f5761")])
+def test_the_rows_of_this_version_are_the_same_with_every_instruction_set_and_on_every_device(selector, digest):
+    numbers = np.arange(700 * 333, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+    x = torch.from_numpy(numbers.astype(np.float64) - 2.0**23).view(700, 333).float().to(DEVICE)
+    rows = vision_prune(x, [400, 300], 0.6, selector, text=x[:2] + x[2:4])
+    assert VERSION == 1 and hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16] == digest
