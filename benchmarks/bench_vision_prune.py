@@ -43,7 +43,7 @@ def divprune_loop(x: torch.Tensor, k: int) -> torch.Tensor:
         if i == 0:
             nearest = distances.topk(2, dim=0, largest=False).values[1]
         else:
-            nearest = distances.index_select(0, chosen[:i]).amin(0)
+            nearest = torch.min(distances.index_select(0, chosen[:i]), dim=0).values  # with indices, as published
         chosen[i] = nearest.argmax()
     return chosen
 
