@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from cosmo_fast import train
+from cosmo_fast.data import commands as data_commands
 
 
 def positive(text: str) -> int:
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("data", help="a JSONL file of rows")
     judging.add_argument("--image-root", help="folder of the pictures; default: the folder of DATA")
     judging.add_argument("--limit", type=positive, help="first rows only")
+    judging.add_argument("--plain", help="the file that DATA's attacked rows were made of: does each attack count?")
+    judging.add_argument("--trained-on", nargs="+", help="files of the model's training: is any token of DATA in none?")
+    data_commands.add(commands)
     asking = commands.add_parser("generate", help="a completion for one prompt")
     asking.add_argument("checkpoint", help="a Hugging Face model folder")
     asking.add_argument("--prompt", required=True, help="the user's text")
@@ -53,10 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
         return train.main(["--config", known.recipe, *rest])
-    if rest:
+    if rest and known.command != "data":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     train.quiet()
     try:
+        if known.command == "data":
+            return data_commands.run(known, rest)
         {"evaluate": evaluate, "generate": generate, "doctor": doctor}[known.command](known)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,7 +79,10 @@ def evaluate(options: argparse.Namespace) -> None:
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
     policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
     bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
-    result = run(policy, rows, max_completion_length=options.max_completion_length, **bounds)
+    asked = {"max_completion_length": options.max_completion_length}
+    for name, files in (("plain", [options.plain]), ("trained_on", options.trained_on or [])):
+        asked[name] = [row for file in files if file for row in load_rows(file)] or None
+    result = run(policy, rows, **asked, **bounds)
     print(json.dumps(result, indent=1))
 
 

@@ -17,6 +17,8 @@ from cosmo_fast import checkpoint as ckpt
 from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
 from cosmo_fast.data import Row
+from cosmo_fast.data.check import at as _at
+from cosmo_fast.data.check import check_rewards
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.data.sources import load_stages, read, world_resolver
@@ -29,7 +31,7 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
-from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
+from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.alive import vision_alive
@@ -139,14 +141,7 @@ class Trainer:
             else:
                 longest = [[0] * self.config.max_completion_length] * stage.num_generations
                 sizes = [GroupSize.of(p, longest) for p in prompts]
-                columns = [p.columns | STAGE_COLUMNS for p in prompts]
-                mix = self.reward_mixes[stage.name]
-                for prompt in prompts:
-                    _at(prompt.source, mix.recipe, prompt.columns)
-                if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
-                    rows = [p.text for p in prompts], [""] * len(prompts), columns, [p.source for p in prompts]
-                    _at(f"stage {stage.name!r}", mix, *rows)
-                score(columns, [""] * len(prompts))
+                check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts)
                 params = sampling_params(self.config, stage)
                 lengths = [s.prompt for s in sizes]
                 own_sampler(self.config, self.policy, self.vision).store_rows(lengths, params, stage.num_generations)
@@ -323,14 +318,6 @@ class Trainer:
         ends = {self.output_dir / f"checkpoint-{n}" for n in run_folder.stage_ends(self.config)}
         ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
         return folder
-
-
-def _at(where: str, check, *arguments) -> None:
-    """Calls ``check``; what it refuses is said with the place in the data."""
-    try:
-        check(*arguments)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def _optimizer(policy: Policy, stage: StageConfig, keep_masters: bool) -> AdamW:

@@ -105,12 +105,14 @@ def load_rows(
     max_image_bytes: int = MAX_IMAGE_BYTES,
     needs_answer: bool = False,
     limit: int | None = None,
+    problems: list[str] | None = None,
 ) -> list[Row]:
     """Reads and checks a JSONL file; no picture is decoded.
 
     image_root: folder of the pictures, the file's own folder by default. max_image_pixels (width x height) and
     max_image_bytes bound each picture. needs_answer: each row must close with an assistant message (SFT).
-    limit: read the first `limit` rows only. Raises DataError on the first row that cannot be used.
+    limit: read the first `limit` rows only. Raises DataError on the first row that cannot be used; with `problems`,
+    each such row's message goes in there instead, and the rows that can be used are returned.
     """
     path = Path(path)
     if path.is_dir() or path.suffix in (".parquet", ".arrow", ".csv"):
@@ -130,12 +132,19 @@ def load_rows(
                 continue
             source = f"{path.name}:{number}"
             try:
-                rows.append(_row(source, _parse(line), folder, needs_answer))
+                rows.append(_row(source, parse_line(line), folder, needs_answer))
             except DataError as error:
-                raise DataError(f"{source}: {error}") from error.__cause__
-    if not rows:
+                if problems is None:
+                    raise DataError(f"{source}: {error}") from error.__cause__
+                problems.append(f"{source}: {error}")
+    if not rows and not problems:
         raise DataError(f"{path}: no rows" + (f" (limit is {limit})" if limit is not None else ""))
     return rows
+
+
+def check_row(value: dict[str, Any], image_root: Path, *, needs_answer: bool = False) -> None:
+    """DataError where a line with this object could not be used."""
+    _row("", value, _ImageFolder(image_root.resolve(), MAX_IMAGE_PIXELS, MAX_IMAGE_BYTES), needs_answer)
 
 
 def single_row(text: str, images: Sequence[str | os.PathLike] = (), *, source: str = "prompt") -> Row:
@@ -174,7 +183,9 @@ def open_image(path: str | os.PathLike, *, max_image_pixels: int = MAX_IMAGE_PIX
             raise DataError(f"{path} cannot be decoded: {error}") from error
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One JSON object; DataError for anything else."""
+
     def constant(name: str):
         raise ValueError(f"{name} is not JSON; write null")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import Row
+from cosmo_fast.evaluate.attacks import attack_report, unknown_tokens
 from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
@@ -22,8 +23,28 @@ def complete(policy: Policy, rows: list[Row], params: SamplingParams, *, seed: i
 
 
 def evaluate(
-    policy: Policy, rows: list[Row], *, max_completion_length: int, stop_strings: Sequence[str] = (), **bounds: int
+    policy: Policy,
+    rows: list[Row],
+    *,
+    max_completion_length: int,
+    stop_strings: Sequence[str] = (),
+    plain: list[Row] | None = None,
+    trained_on: list[Row] | None = None,
+    **bounds: int,
 ) -> dict[str, Any]:
-    """:func:`cosmo_fast.evaluate.score` of greedy completions; ``bounds`` are Sampler's."""
+    """:func:`cosmo_fast.evaluate.score` of greedy completions; ``bounds`` are Sampler's.
+
+    Of attacked rows also :func:`cosmo_fast.evaluate.attacks.attack_report` under "jailbreak"; ``plain``: the rows that
+    they were made of, ``trained_on``: the rows of the policy's training, both for whether an attack counts.
+    """
     params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings))
-    return score([row.columns for row in rows], complete(policy, rows, params, **bounds))
+    columns, completions = [row.columns for row in rows], complete(policy, rows, params, **bounds)
+    result = score(columns, completions)
+    if any(row.get("attack") is not None for row in columns):
+        if plain is not None:
+            wanted = {str(row.get("attack_of")) for row in columns}
+            plain = [row for row in plain if str(row.columns.get("id", row.source)) in wanted]
+            before = [{"id": row.source, **row.columns} for row in plain], complete(policy, plain, params, **bounds)
+        unknown = None if trained_on is None else unknown_tokens(Encoder(policy), rows, trained_on)
+        result["jailbreak"] = attack_report(columns, completions, plain=before if plain else None, unknown=unknown)
+    return result

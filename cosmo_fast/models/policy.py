@@ -156,10 +156,12 @@ def load_policy(
     device: str = "auto",
     trust_remote_code: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    weights: bool = True,
 ) -> Policy:
     """Loads a model folder, an adapter's folder (with the base model that it names) or a hub name as a :class:`Policy`.
 
     device: "auto" is CUDA where there is one. dtype: None for the one it was saved in, fp32 where that is neither.
+    weights: False reads the configuration, tokenizer and image processor alone, to encode rows with.
 
     Raises:
         ValueError: no model there, weights missing, an architecture that the packed forward does not know, no such
@@ -167,7 +169,7 @@ def load_policy(
     """
     path, device = Path(name_or_path), _device(device)
     if (path / lora.CONFIG).is_file():
-        return _load_with_adapter(path, device, trust_remote_code, dtype)
+        return _load_with_adapter(path, device, trust_remote_code, dtype, weights)
     if path.is_absolute() and not (path / "config.json").is_file():
         raise ValueError(f"model_name_or_path={str(path)!r} is not a model folder: it has no config.json")
     try:
@@ -182,7 +184,13 @@ def load_policy(
     saved = str(config.dtype).removeprefix("torch.")
     dtype = dtype or ("bfloat16" if saved == "bfloat16" else "float32")
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    model, found = family.MODEL.from_pretrained(name_or_path, **options)
+    found: dict[str, Any] = {"missing_keys": []}
+    if weights:
+        model, found = family.MODEL.from_pretrained(name_or_path, **options)
+    else:
+        device = "meta"
+        with torch.device(device):
+            model = family.MODEL.from_config(config, trust_remote_code=trust_remote_code)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model_name_or_path={str(name_or_path)!r}: {len(missing)} weights of the model are not in its files, "
@@ -205,12 +213,13 @@ def _device(name: str) -> str:
     return name
 
 
-def _load_with_adapter(folder: Path, device: str, trust_remote_code: bool, dtype) -> Policy:
+def _load_with_adapter(folder: Path, device: str, trust_remote_code: bool, dtype, weights: bool) -> Policy:
     base = json.loads((folder / lora.CONFIG).read_text())["base_model_name_or_path"]
     if not base:
         raise ValueError(f"{folder / lora.CONFIG} names no base model: set its base_model_name_or_path")
     if dtype is None and (folder / "config.json").is_file():
         dtype = json.loads((folder / "config.json").read_text())["dtype"]
-    policy = load_policy(base, device=device, trust_remote_code=trust_remote_code, dtype=dtype)
-    lora.load_adapter(policy, folder)
+    policy = load_policy(base, device=device, trust_remote_code=trust_remote_code, dtype=dtype, weights=weights)
+    if weights:
+        lora.load_adapter(policy, folder)
     return policy
