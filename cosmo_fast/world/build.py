@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmo_fast.world import draw, questions, requests
+from cosmo_fast.world import attacks, draw, questions, requests
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
 from cosmo_fast.world.questions import SINGLE, TASKS
@@ -21,11 +21,12 @@ VERSION = 1
 # Questions about one scene: more share pictures, fewer make more of them, and it is pictures that teach perception.
 QUESTIONS = 2
 HARMS = ("text", "image", "combination")
-# Rows a split: general questions, then safety rows of each (kind, policy) pair.
+# Rows a split: general questions, then safety rows of each (kind, policy) pair; `attacks`: see world/attacks.py.
 SIZES = {
     "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 450,
     "validation_general": 300, "validation_safety": 50,
     "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
+    "attacks": 400,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
 }  # fmt: skip
 README = """# The embedded world of cosmo_fast
@@ -241,6 +242,7 @@ def _write(temporary: Path, seed: int, size: dict[str, Any]) -> None:
     for writer in splits.values():
         writer.write()
     counts = {name: len(writer.rows) for name, writer in splits.items()}
+    counts |= attacks.write_splits(temporary, seed, size["attacks"])
     about = {"version": VERSION, "seed": seed, "sizes": size, "rows": counts}
     (temporary / "world.json").write_text(json.dumps(about, indent=1) + "\n")
     (temporary / "README.md").write_text(README.format(seed=seed, version=VERSION, **size))
