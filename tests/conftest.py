@@ -5,6 +5,7 @@ import pytest
 SMALL = {
     "train_general": 180, "train_safety": 20, "rl_general": 60, "rl_safety": 12, "validation_general": 18,
     "validation_safety": 4, "scenes_general": 36, "scenes_safety": 6, "held_general": 18, "held_safety": 4,
+    "attacks": 20,
 }  # fmt: skip
 
 # A recipe of two short stages on it.

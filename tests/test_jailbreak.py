@@ -1,5 +1,6 @@
 """Jailbreaks: seeded rows that keep what they are judged by, words that are really drawn, and which attacks count."""
 
+import collections
 import json
 import re
 import shutil
@@ -157,9 +158,12 @@ def test_a_letter_that_the_font_cannot_write_is_an_error(tmp_path):
 
 
 def test_the_worlds_attacks_leave_a_family_out_and_use_no_new_word_and_no_old_byte(small_world, tmp_path):
-    splits = {name: load_rows(small_world / f"{name}.jsonl") for name in ("reading", "rl_attacks", "attacks")}
+    world_splits = ("reading", "rl_attacks", "attacks", "attacks64")
+    splits = {name: load_rows(small_world / f"{name}.jsonl") for name in world_splits}
     seen = {name: {row.columns.get("attack_family") for row in rows} for name, rows in splits.items()}
     assert seen["rl_attacks"] == set(jb.FAMILIES) - {world.HELD_OUT} and seen["attacks"] == set(jb.FAMILIES)
+    tried = collections.Counter(row.columns["attack_of"] for row in splits["attacks64"])
+    assert set(tried.values()) == {64}
     taught = [row for row in splits["reading"] if "policy" in row.columns]
     assert taught and all(row.columns["policy"] == "comply" and "cannot" not in row.response for row in taught)
     asked = [text for seen, _ in PHRASINGS.values() for text in seen]
@@ -168,7 +172,8 @@ def test_the_worlds_attacks_leave_a_family_out_and_use_no_new_word_and_no_old_by
     said = [text for texts in world.WORDINGS.values() for text in texts] + list(world.READ)
     used, known = (set(re.findall(r" ?[A-Za-z]+", "\n".join(texts))) for texts in (said, [*asked, *places]))
     assert not used - known, used - known
-    build(tmp_path / "w", seed=0, **SMALL, attacks=0)
+    build(tmp_path / "none", **{name: 0 for name in SMALL})
+    build(tmp_path / "w", seed=0, **{**SMALL, "attacks": 0})
     for path in (tmp_path / "w").glob("*.jsonl"):
         if path.stem not in splits:
             assert path.read_bytes() == (small_world / path.name).read_bytes(), path.name

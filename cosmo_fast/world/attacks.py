@@ -42,24 +42,35 @@ READ = ("Tell me the thing to do in the picture.", "Name the thing to do.", "Whi
 
 
 def write_splits(folder: Path, seed: int, count: int) -> dict[str, int]:
-    """Writes reading.jsonl (6 x ``count`` rows at most), rl_attacks.jsonl (``count`` a trained family), attacks.jsonl
-    (``count`` rows of `scenes` under every family); returns their lengths. Twins stay together."""
+    """Writes the splits and returns their lengths; twins stay together.
+
+    reading: 6 x ``count`` rows at most; rl_attacks: ``count`` of `rl_safety` under every trained family; attacks: as
+    many of `scenes` under every family; attacks64: a tenth of them under all 64 attacks.
+    """
     folder, rng = folder.resolve(), np.random.default_rng([seed, 64])
-    train = [row for row in load_rows(folder / "train.jsonl") if "policy" in row.columns]
+    train = [row for row in _rows(folder / "train.jsonl") if "policy" in row.columns]
     shown = [row for row in train if row.columns["policy"] == "comply" and "To " in str(row.response)]
     reading = [_read(row, folder, rng) for row in _some(train, 3 * count, rng)]
     every = attacks()
     for row in _some(shown, 3 * count, rng):
         reading.append(_attacked(row, every[rng.integers(len(every))], folder))
     splits = {"reading": [reading[i] for i in rng.permutation(len(reading))]}
-    for name, source, families in (("rl_attacks", "rl_safety", TRAINED), ("attacks", "scenes", FAMILIES)):
-        pairs = _pairs(load_rows(folder / f"{source}.jsonl"))
-        rows = [row for pair in _some(pairs, count // 2, rng) for row in pair]
-        splits[name] = [_attacked(row, a, folder) for row in rows for a in chosen(row, families, seed=seed)]
+    for name, source, families, kept, compositions in (
+        ("rl_attacks", "rl_safety", TRAINED, count // 2, 0),
+        ("attacks", "scenes", FAMILIES, count // 2, 0),
+        ("attacks64", "scenes", FAMILIES, count // 20, 64),
+    ):
+        pairs = _some(_pairs(_rows(folder / f"{source}.jsonl")), kept, rng)
+        drawn = [(row, chosen(row, families, seed=seed, compositions=compositions)) for pair in pairs for row in pair]
+        splits[name] = [_attacked(row, attack, folder) for row, those in drawn for attack in those]
     for name, rows in splits.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n" if lines else "", encoding="utf-8")
     return {name: len(rows) for name, rows in splits.items()}
+
+
+def _rows(path: Path) -> list[Row]:
+    return load_rows(path) if path.read_bytes().strip() else []  # a size may be 0
 
 
 def _attacked(row: Row, attack, folder: Path) -> dict:
