@@ -76,7 +76,7 @@ def test_a_recipe_brings_lengths_answers_and_its_own_labels_without_loading_weig
     assert main([*given, "--stage", "rl", "--max_tokens_per_batch", "60"]) == 1
     assert "rows.jsonl:1: " in capsys.readouterr().out
     assert main([*given, "--stage", "rl", "--stages.rl.reward_recipe", "{safety: {accuracy: 1}}"]) == 1
-    assert "rows.jsonl:1: row 0 (label 'general_rule') has a label without a recipe" in capsys.readouterr().out
+    assert "rows.jsonl:1: row (label 'general_rule') has a label without a recipe" in capsys.readouterr().out
     assert main(given) == 2 and "--stage" in capsys.readouterr().err
     assert main([*given[:3], "--recipe", str(recipe), "--stage", "none"]) == 2
 
