@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cosmo_fast import train
 from cosmo_fast.data import commands as data_commands
+from cosmo_fast.pruning import VisionPrune
 
 
 def positive(text: str) -> int:
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--max-completion-length", type=positive, default=256, help="tokens")
         sub.add_argument("--batch-size", type=positive, default=256, help="responses decoded at once")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+        sub.add_argument("--vision-prune", help="as a recipe's: selector=max_min,keep=0.5 and the like")
         sub.add_argument("--kv-cache-mib", type=positive, default=4096, help="bound of the keys and values")
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
@@ -80,6 +82,7 @@ def evaluate(options: argparse.Namespace) -> None:
     policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
     bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
     asked = {"max_completion_length": options.max_completion_length}
+    asked["vision_prune"] = VisionPrune.parse(options.vision_prune)
     for name, files in (("plain", [options.plain]), ("trained_on", options.trained_on or [])):
         asked[name] = [row for file in files if file for row in load_rows(file)] or None
     result = run(policy, rows, **asked, **bounds)
@@ -99,7 +102,7 @@ def generate(options: argparse.Namespace) -> None:
     params = SamplingParams(options.max_completion_length, options.temperature, stop_strings=options.stop_strings)
     bounds = {"batch_size": max(options.batch_size, options.num_generations), "kv_cache_mib": options.kv_cache_mib}
     sampler = Sampler(policy, Vision(policy), **bounds)
-    prompt = Encoder(policy).prompt(row)
+    prompt = Encoder(policy, vision_prune=VisionPrune.parse(options.vision_prune)).prompt(row)
     [group] = sampler.generate([prompt], params, num_generations=options.num_generations, seed=options.seed)
     print("\n\n".join(policy.tokenizer.batch_decode([c.ids for c in group], skip_special_tokens=True)))
 

@@ -98,13 +98,16 @@ class Trainer:
             self.policy.adapter.load(self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
         self.encoder = Encoder(
-            self.policy, max_prompt_length=config.max_prompt_length, max_completion_length=config.max_completion_length
+            self.policy,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            vision_prune=config.vision_prune,
         )
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         for rows in self.eval_rows.values():
             prompts = [self.encoder.prompt(row) for row in rows]
             params = SamplingParams(config.max_completion_length, temperature=0)
-            own_sampler(config, self.policy, self.vision).store_rows([len(p.ids) for p in prompts], params, 1)
+            own_sampler(config, self.policy, self.vision).store_rows(prompts, params, 1)
             score([row.columns for row in rows], [""] * len(rows))  # raises where a row cannot be judged
 
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
@@ -143,8 +146,7 @@ class Trainer:
                 sizes = [GroupSize.of(p, longest) for p in prompts]
                 check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts)
                 params = sampling_params(self.config, stage)
-                lengths = [s.prompt for s in sizes]
-                own_sampler(self.config, self.policy, self.vision).store_rows(lengths, params, stage.num_generations)
+                own_sampler(self.config, self.policy, self.vision).store_rows(prompts, params, stage.num_generations)
                 sources[name] = (prompts, weight)
             worst = max(range(len(sizes)), key=lambda i: sizes[i].prompt + max(sizes[i].responses))
             _at(prompts[worst].source, micro_batches, [sizes[worst]], self.config.max_tokens_per_batch)
@@ -304,6 +306,7 @@ class Trainer:
                 batch_size=self.config.eval.batch_size,
                 max_tokens=self.config.max_tokens_per_batch,
                 kv_cache_mib=self.config.kv_cache_mib,
+                vision_prune=self.config.vision_prune,
             )
         return splits
 

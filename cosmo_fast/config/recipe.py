@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cosmo_fast.config.stage import ConfigError, StageConfig, Strict
+from cosmo_fast.pruning import VisionPrune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -63,6 +64,7 @@ class Config(Strict):
     max_tokens_per_batch: int = Field(default=16384, gt=0)  # tokens of one forward and backward
     sampling_batch_size: int = Field(default=256, gt=0)  # responses decoded at once
     kv_cache_mib: int = Field(default=4096, gt=0)  # keys and values of what is sampled, at most
+    vision_prune: VisionPrune | None = None  # in all stages and in the evaluation alike
     logging_steps: int = Field(default=10, gt=0)
     log_completions: int = Field(default=6, ge=0)  # samples kept with their pictures, a logged rollout
     save_steps: int | None = Field(default=None, gt=0)  # besides the end of every stage
@@ -200,5 +202,5 @@ def _explain(error: dict, raw: dict) -> str:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig}
+    by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig, "vision_prune": VisionPrune}
     return sorted(by_parent.get(location[0] if len(location) > 1 else "", Config).model_fields)

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from cosmo_fast.data.rows import DataError, Row
-from cosmo_fast.models import Policy
+from cosmo_fast.models import Policy, prune
 from cosmo_fast.plan import Media, Prompt
+from cosmo_fast.pruning import VisionPrune
 
 
 class Encoder:
@@ -20,12 +21,19 @@ class Encoder:
         policy: whose tokenizer, chat template and image processor are used.
         max_prompt_length: longest prompt in tokens, vision tokens included; None for no bound.
         max_completion_length: longest supervised target in tokens, end token included; None for no bound.
+        vision_prune: how pictures are pruned; ``max_prompt_length`` counts them whole. ValueError: not this policy's.
     """
 
     def __init__(
-        self, policy: Policy, *, max_prompt_length: int | None = None, max_completion_length: int | None = None
+        self,
+        policy: Policy,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        vision_prune: VisionPrune | None = None,
     ):
-        self.policy = policy
+        prune.check(policy, vision_prune)
+        self.policy, self.vision_prune = policy, vision_prune
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.image_id: int | None = None
         if policy.family.IMAGE_TOKEN is not None:
@@ -63,7 +71,8 @@ class Encoder:
                 f"{row.source}: the prompt has {len(expanded)} tokens, over max_prompt_length={self.max_prompt_length} "
                 f"({sum(m.rows for m in media)} of them vision tokens); raise max_prompt_length or drop the row"
             )
-        return Prompt(expanded, tuple(media), row.columns, text, row.source)
+        kept = prune.unchosen(self.vision_prune, tuple(media), row.source)
+        return Prompt(expanded, tuple(media), row.columns, text, row.source, kept)
 
     def target(self, row: Row) -> np.ndarray:
         """The answer of a supervised row and the end token, (R,) int64.

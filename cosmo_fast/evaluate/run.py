@@ -11,12 +11,21 @@ from cosmo_fast.evaluate.attacks import attack_report, unknown_tokens
 from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
+from cosmo_fast.pruning import VisionPrune
 from cosmo_fast.rollout import Sampler, SamplingParams
 
 
-def complete(policy: Policy, rows: list[Row], params: SamplingParams, *, seed: int = 0, **bounds: int) -> list[str]:
+def complete(
+    policy: Policy,
+    rows: list[Row],
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    vision_prune: VisionPrune | None = None,
+    **bounds: int,
+) -> list[str]:
     """One completion a row, decoded without special tokens, in the order of the rows; ``bounds`` are Sampler's."""
-    encoder = Encoder(policy)
+    encoder = Encoder(policy, vision_prune=vision_prune)
     sampler = Sampler(policy, Vision(policy), **bounds)
     groups = sampler.generate([encoder.prompt(row) for row in rows], params, seed=seed)
     return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
@@ -30,21 +39,21 @@ def evaluate(
     stop_strings: Sequence[str] = (),
     plain: list[Row] | None = None,
     trained_on: list[Row] | None = None,
-    **bounds: int,
+    **options: Any,
 ) -> dict[str, Any]:
-    """:func:`cosmo_fast.evaluate.score` of greedy completions; ``bounds`` are Sampler's.
+    """:func:`cosmo_fast.evaluate.score` of greedy completions; ``options`` are those of :func:`complete`.
 
     Of attacked rows also :func:`cosmo_fast.evaluate.attacks.attack_report` under "jailbreak"; ``plain``: the rows that
     they were made of, ``trained_on``: the rows of the policy's training, both for whether an attack counts.
     """
     params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings))
-    columns, completions = [row.columns for row in rows], complete(policy, rows, params, **bounds)
+    columns, completions = [row.columns for row in rows], complete(policy, rows, params, **options)
     result = score(columns, completions)
     if any(row.get("attack") is not None for row in columns):
         if plain is not None:
             wanted = {str(row.get("attack_of")) for row in columns}
             plain = [row for row in plain if str(row.columns.get("id", row.source)) in wanted]
-            before = [{"id": row.source, **row.columns} for row in plain], complete(policy, plain, params, **bounds)
+            before = [{"id": row.source, **row.columns} for row in plain], complete(policy, plain, params, **options)
         unknown = None if trained_on is None else unknown_tokens(Encoder(policy), rows, trained_on)
         result["jailbreak"] = attack_report(columns, completions, plain=before if plain else None, unknown=unknown)
     return result

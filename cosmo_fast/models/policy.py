@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cosmo_fast import ops
 from cosmo_fast.models import adapter as lora
-from cosmo_fast.models import internvl, qwen2_vl, qwen3_vl, text
+from cosmo_fast.models import internvl, prune, qwen2_vl, qwen3_vl, text
 from cosmo_fast.models.fused import fuse
 from cosmo_fast.plan import Plan
 
@@ -24,10 +24,10 @@ class PackedForward:
     """What a forward is told about attention: the plan's segments, through :func:`cosmo_fast.ops.prefix_attention`."""
 
     def __init__(self, plan: Plan):
-        self.segments = plan.segments
+        self.plan = plan
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return ops.prefix_attention(q, k, v, self.segments, scale=scale)
+        return ops.prefix_attention(q, k, v, self.plan.at(layer), scale=scale)
 
 
 class Policy:
@@ -95,21 +95,33 @@ class Policy:
                 module.training = True
 
     def hidden(self, plan: Plan, features: torch.Tensor | None, attention=None) -> torch.Tensor:
-        """Final hidden states (T, d) of a packed micro-batch.
+        """Final hidden states (T, d) of a packed micro-batch, of the tokens that are left after pruning.
 
         Args:
-            plan: the layout. features: the family's vision features (m, ...) of ``plan.media``, in that order, or None
-                without any.
+            plan: the layout; where it waits for the choice of vision rows, they are chosen.
+            features: the family's vision features (m, ...) of ``plan.media``, in that order, or None without any.
             attention: who attends to whom; by default the plan's prompts and responses.
         """
+        if plan.unchosen and not plan.layer:
+            prune.choose(self, plan, features)
+        embeddings, inputs = self.embed(plan, features)
+        if plan.layer:
+            for layer in self.model.get_decoder().layers:
+                if prune.enter not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(prune.enter, with_kwargs=True)
+            inputs["pruning"] = self, plan, features
+        attention = attention or PackedForward(plan)
+        return self.forward(embeddings, plan.tensor("positions", self.device), attention, **inputs)
+
+    def embed(self, plan: Plan, features: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What enters the first layer, (T, d), and what else the family gives its language model."""
         embeddings = self.model.get_input_embeddings()(plan.tensor("tokens", self.device))
         inputs: dict[str, Any] = {}
         if len(plan.image_rows):
             rows, of = plan.tensor("image_rows", self.device), plan.tensor("feature_rows", self.device)
             picked = features.to(embeddings.dtype).index_select(0, of)
             embeddings, inputs = self.family.language_inputs(embeddings, rows, picked)
-        attention = attention or PackedForward(plan)
-        return self.forward(embeddings, plan.tensor("positions", self.device), attention, **inputs)
+        return embeddings, inputs
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, attention, **inputs) -> torch.Tensor:
         """Language model on (T, d) embeddings at (3, T) positions -> final hidden states (T, d).

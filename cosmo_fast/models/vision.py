@@ -57,17 +57,21 @@ class Vision:
     def forget(self) -> None:
         self._features = _ByteLRU(self._features.limit)
 
-    def features(self, media: list[Media]) -> torch.Tensor | None:
-        """Features (m, ...) of distinct ``media``, in order; None without any. Differentiable unless frozen."""
+    def features(self, media: list[Media], *, alone: bool = False) -> torch.Tensor | None:
+        """Features (m, ...) of distinct ``media``, in order; None without any. Differentiable unless frozen.
+
+        alone: every picture by itself, so that no bit of it depends on the others, nor what is chosen of it.
+        """
         if not media:
             return None
         if not self.policy.vision_frozen:
-            return self._run(media)
+            return torch.cat([self._run([m]) for m in media]) if alone else self._run(media)
         missing = [m for m in media if m.key not in self._features]
         fresh = {}
         if missing:
             with torch.no_grad():
-                parts = self._run(missing).split([m.rows for m in missing])
+                made = torch.cat([self._run([m]) for m in missing]) if alone else self._run(missing)
+            parts = made.split([m.rows for m in missing])
             fresh = {m.key: part.clone() for m, part in zip(missing, parts, strict=True)}
         return torch.cat(self._features.take([m.key for m in media], fresh))
 

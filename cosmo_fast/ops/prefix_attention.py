@@ -133,6 +133,22 @@ def prefix_attention_reference(
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
+@torch.no_grad()
+def prefix_lse(q: torch.Tensor, k: torch.Tensor, segments: Segments, *, scale: float | None = None) -> torch.Tensor:
+    """(Tq, H): the natural log-sum-exp over the scores of all keys that a query sees, by the kernels' forward.
+
+    fp64 for fp64, fp32 otherwise; shapes and errors as :func:`prefix_attention`, without gradient.
+    """
+    _check(q, k, k, segments)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = _plain(q), _plain(k)
+    if q.device.type != "cpu":
+        from cosmo_fast.kernels.prefix_attention import prefix_attention as kernel
+
+        return kernel(q, k, k, segments, scale)[1]
+    return torch.ops.cosmo_fast.prefix_attention(q, k, k, segments.tensor, scale)[1]
+
+
 class _Triton(torch.autograd.Function):
     """The kernels of :mod:`cosmo_fast.kernels.prefix_attention`, whose schedules live with the segments."""
 

@@ -21,7 +21,7 @@ class GroupSize(NamedTuple):
     @classmethod
     def of(cls, prompt: Prompt, responses: Sequence[Sequence[int]]) -> GroupSize:
         """That of an encoded prompt and its responses, lists or arrays of ids."""
-        return cls(len(prompt.ids), tuple(map(len, responses)), sum(m.rows for m in prompt.media))
+        return cls(prompt.length, tuple(map(len, responses)), prompt.vision_rows)
 
     @property
     def tokens(self) -> int:

@@ -16,12 +16,15 @@ import torch
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Media, Plan, Prompt
+from cosmo_fast.pruning import Kept
 from cosmo_fast.rollout.draw import SamplingParams, sample
 from cosmo_fast.rollout.stops import StopStrings
 from cosmo_fast.rollout.store import Rows, Store
 
-# Columns of the live responses; START to PROMPT_LENGTH are those of an attention table.
-SAMPLE, SLOT, POSITION, START, LENGTH, PROMPT, PROMPT_LENGTH = range(7)
+# Columns of the live responses; those from START on are of the layers where prompts are pruned, FULL further they are
+# those of the layers below.
+SAMPLE, SLOT, POSITION, LENGTH, START, PROMPT, PROMPT_LENGTH = range(7)
+FULL = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +32,15 @@ class Completion:
     """A sampled response: ``ids`` (R,) int64 with the token that ended it, ``logps`` and ``entropies`` (R,) fp32.
 
     Both are of the distribution at the sampling temperature before top-k, top-p and min-p, as training scores it.
-    ``ended``: by an end token or a stop string, not by its length.
+    ``ended``: by an end token or a stop string, not by its length. ``kept``: the vision rows of its prompt that were
+    chosen, the same for all responses to it; None where none is pruned.
     """
 
     ids: np.ndarray
     logps: np.ndarray
     entropies: np.ndarray
     ended: bool
+    kept: Kept | None = None
 
 
 class Sampler:
@@ -59,6 +64,7 @@ class Sampler:
     ):
         self.policy, self.vision = policy, vision
         self.batch_size, self.max_tokens, self.kv_cache_mib = batch_size, max_tokens, kv_cache_mib
+        self.kv_bytes = 0  # of the last call
 
     @torch.no_grad()
     def generate(
@@ -75,17 +81,22 @@ class Sampler:
         Response j of prompt i draws from a random stream of its own, (seed, i · num_generations + j), whatever its
         batch-mates are. Groups are admitted whole and in order, as soon as there is room. Pictures are encoded in lots
         that the prompts' order and ``max_tokens`` alone decide, because a feature's last bits depend on the pictures
-        encoded with it.
+        encoded with it; one by one where prompts are pruned, whose vision rows are chosen when they are admitted.
 
         Raises:
             ValueError: one prompt's responses do not fit ``batch_size`` or ``kv_cache_mib``.
             MemoryError: the keys and values do not fit the machine.
         """
-        rows = self.store_rows([len(p.ids) for p in prompts], params, num_generations)
-        return _Call(self, prompts, params, num_generations, (seed, first * num_generations), rows).run()
+        rows = self.store_rows(prompts, params, num_generations)
+        call = _Call(self, prompts, params, num_generations, (seed, first * num_generations), rows)
+        done, self.kv_bytes = call.run(), 2 * sum(keys.nbytes for keys in call.store.keys)
+        return done
 
-    def store_rows(self, prompt_lengths: list[int], params: SamplingParams, num_generations: int) -> int:
-        """Tokens that the store of a call holds. ValueError as :meth:`generate`."""
+    def store_rows(self, prompts: list[Prompt], params: SamplingParams, num_generations: int) -> tuple[int, int, int]:
+        """Tokens that the store of a call holds, those of the layers below the first pruned one, and that layer.
+
+        ValueError as :meth:`generate`.
+        """
         if num_generations < 1:
             raise ValueError(f"num_generations={num_generations} must be at least 1")
         if num_generations > self.batch_size:
@@ -95,18 +106,24 @@ class Sampler:
         config = self.policy.model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         itemsize = self.policy.head_weight.element_size()
-        token_bytes = 2 * itemsize * config.num_hidden_layers * config.num_key_value_heads * size
-        held, longest = (self.kv_cache_mib << 20) // token_bytes, max(prompt_lengths, default=0)
-        group = longest + num_generations * params.max_completion_length
+        layer_bytes, held = 2 * itemsize * config.num_key_value_heads * size, self.kv_cache_mib << 20
+        layer = max((p.kept.setting.layer for p in prompts if p.kept), default=0)
+        responses = min(self.batch_size, len(prompts) * num_generations)
+        at_once, steps = 4 * -(-responses // num_generations), params.max_completion_length
+        levels = [len(p.ids) - p.dropped for p in prompts], [len(p.ids) for p in prompts]
+        groups = [max(lengths, default=0) + num_generations * steps for lengths in levels]
+        layers = config.num_hidden_layers - layer, layer
+        group = sum(n * rows for n, rows in zip(layers, groups, strict=True)) * layer_bytes
         if group > held:
+            longest = max(levels[layer > 0])
             raise ValueError(
-                f"num_generations={num_generations} responses of max_completion_length={params.max_completion_length} "
-                f"to a prompt of {longest} tokens need {group * token_bytes / 2**20:.1f} MiB of keys and values, over "
+                f"num_generations={num_generations} responses of max_completion_length={steps} "
+                f"to a prompt of {longest} tokens need {group / 2**20:.1f} MiB of keys and values, over "
                 f"kv_cache_mib={self.kv_cache_mib}; raise it, or lower the others"
             )
-        responses = min(self.batch_size, len(prompt_lengths) * num_generations)
-        at_once = nlargest(4 * -(-responses // num_generations), prompt_lengths)
-        return min(held, responses * params.max_completion_length + sum(at_once))
+        wanted = [responses * steps + sum(nlargest(at_once, lengths)) for lengths in levels]
+        above, below = (min(held * rows // group, n) if rows else 0 for rows, n in zip(groups, wanted, strict=True))
+        return above, below, layer
 
 
 class _Pictures:
@@ -130,7 +147,9 @@ class _Pictures:
             distinct = {m.key: m for prompt in self.prompts[first:last] for m in prompt.media}
             parts = []
             if distinct:
-                parts = self.vision.features([*distinct.values()]).split([m.rows for m in distinct.values()])
+                alone = any(prompt.kept for prompt in self.prompts[first:last])
+                made = self.vision.features([*distinct.values()], alone=alone)
+                parts = made.split([m.rows for m in distinct.values()])
             self.held.append((last, dict(zip(distinct, parts, strict=True))))
         known = {key: part for _, lot in self.held for key, part in lot.items()}
         features = torch.cat([known[m.key] for m in media]) if media else None
@@ -142,12 +161,14 @@ class _Call:
     """The state of one :meth:`Sampler.generate`; what is static is allocated here."""
 
     def __init__(
-        self, sampler: Sampler, prompts, params: SamplingParams, each: int, stream: tuple[int, int], rows: int
+        self, sampler: Sampler, prompts, params: SamplingParams, each: int, stream: tuple[int, int], rows: tuple
     ):
         self.policy, self.prompts, self.params, self.each, self.stream = sampler.policy, prompts, params, each, stream
         self.max_tokens, steps = sampler.max_tokens, params.max_completion_length
         self.pictures = _Pictures(sampler.vision, prompts, sampler.max_tokens)
-        self.rows, self.store = Rows(rows), Store(rows)
+        above, below, self.layer = rows
+        self.rows, self.store = [Rows(n) for n in ([above, below] if self.layer else [above])], Store(*rows)
+        self.kept: list[Kept | None] = [p.kept for p in prompts]
         slots = min(sampler.batch_size, len(prompts) * each)
         self.slots = list(range(slots))[::-1]
         self.ids = np.zeros((slots, steps), dtype=np.int64)
@@ -155,7 +176,7 @@ class _Call:
         self.uniforms = np.zeros((slots, steps))
         self.eos = np.array(self.policy.eos_ids)
         self.stops = StopStrings(self.policy.tokenizer, params.stop_strings) if params.stop_strings else None
-        self.live = np.zeros((0, 7), dtype=np.int64)  # responses in the order of their prompts
+        self.live = np.zeros((0, 4 + FULL * len(self.rows)), dtype=np.int64)  # responses in the order of their prompts
         self.left = [each] * len(prompts)  # responses of a prompt that have not ended
         self.admitted = 0
         self.out: list[list[Completion | None]] = [[None] * each for _ in prompts]
@@ -175,53 +196,62 @@ class _Call:
     def _forward(self) -> torch.Tensor:
         """Hidden states (n, d) from which every live response draws its next token, the admitted ones included."""
         live, device = self.live, self.policy.device
-        written = live[:, START] + live[:, LENGTH] - 1
         tokens = self.ids[live[:, SLOT], live[:, LENGTH] - 1]
         positions = live[:, POSITION] + live[:, LENGTH] - 1
-        table = np.ones((len(live), 6), dtype=np.int64)
-        table[:, 0] = np.arange(len(live))
-        table[:, 2:] = live[:, START : PROMPT_LENGTH + 1]
         plan, starts = self._admit()
+        self.store.begin(*self._level(live, plan, starts, 0), self.layer and self._level(live, plan, starts, 1) or None)
         if plan is None:
-            self.store.begin(torch.from_numpy(written).to(device), table)
             embeddings = self.policy.model.get_input_embeddings()(torch.from_numpy(tokens).to(device))
             return self.policy.forward(embeddings, torch.from_numpy(positions).to(device).expand(3, -1), self.store)
-        lengths, base = plan.prompt_lengths, len(plan.tokens)
         features = self.pictures.of(plan.media, self.admitted)
-        rows = np.concatenate([*(np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)), written])
-        zeros = np.zeros_like(starts)
-        prefill = np.stack([plan.prompt_starts, lengths, starts, lengths, zeros, zeros], 1)
-        table[:, 0] += base
-        self.store.begin(torch.from_numpy(rows).to(device), np.concatenate([prefill, table]))
         # The step's plan: the new prompts, then one token a live response at the position where it is.
         plan.tokens = np.concatenate([plan.tokens, tokens])
         plan.positions = np.concatenate([plan.positions, np.broadcast_to(positions, (3, len(live)))], 1)
         hidden = self.policy.hidden(plan, features, attention=self.store)
-        last = np.repeat(plan.prompt_starts + lengths - 1, self.each)
-        return hidden[torch.from_numpy(np.concatenate([base + np.arange(len(live)), last])).to(device)]
+        self.kept[self.admitted - len(plan.prompts) : self.admitted] = [p.kept for p in plan.prompts]
+        last = np.repeat(plan.prompt_starts + plan.prompt_lengths - 1, self.each)
+        own = plan.prompt_tokens + np.arange(len(live))
+        return hidden[torch.from_numpy(np.concatenate([own, last])).to(device)]
+
+    def _level(self, live: np.ndarray, plan: Plan | None, starts: np.ndarray, level: int) -> tuple:
+        """Rows where the step's keys go and its table, in the layers where prompts are pruned (0) or below them (1)."""
+        at = live[:, level * FULL :]
+        table = np.ones((len(live), 6), dtype=np.int64)
+        table[:, 0] = np.arange(len(live))
+        table[:, 2:] = np.stack([at[:, START], live[:, LENGTH], at[:, PROMPT], at[:, PROMPT_LENGTH]], 1)
+        rows = [at[:, START] + live[:, LENGTH] - 1]
+        if plan is not None:
+            prompts = (plan.below if level else plan.segments).table
+            table[:, 0] += prompts[:, 1].sum()
+            prompts = np.concatenate([prompts[:, :2], starts[level][:, None], prompts[:, 3:]], 1)
+            rows = [np.arange(s, s + n) for s, n in prompts[:, 2:4]] + rows
+            table = np.concatenate([prompts, table])
+        return torch.from_numpy(np.concatenate(rows)).to(self.policy.device), table
 
     def _admit(self) -> tuple[Plan | None, np.ndarray]:
         """Takes slots and rows for the next groups that fit; the plan of their prompts and where their keys go."""
         first, starts, tokens, live = self.admitted, [], 0, []
         steps = self.params.max_completion_length
         while self.admitted < len(self.prompts) and len(self.slots) >= self.each:
-            length = len(self.prompts[self.admitted].ids)
-            tokens += length
-            if (starts and tokens > self.max_tokens) or (start := self.rows.take(length)) is None:
+            prompt = self.prompts[self.admitted]
+            tokens += prompt.length
+            if starts and tokens > self.max_tokens:
                 break
-            own = [self.rows.take(steps, above=True) for _ in range(self.each)]
-            if None in own:
-                for taken in own:
-                    if taken is not None:
-                        self.rows.give(taken, steps)
-                self.rows.give(start, length)
+            lengths = [len(prompt.ids) - prompt.dropped, len(prompt.ids)][: len(self.rows)]
+            taken = [rows.take_group(n, self.each, steps) for rows, n in zip(self.rows, lengths, strict=True)]
+            if None in taken:
+                for rows, n, group in zip(self.rows, lengths, taken, strict=True):
+                    if group is not None:
+                        rows.give_group(n, group, steps)
                 break
-            starts.append(start)
-            slots = [self.slots.pop() for _ in own]
+            starts.append([start for start, _ in taken])
+            slots = [self.slots.pop() for _ in range(self.each)]
             sample = self.admitted * self.each
             if self.params.temperature:
                 self.uniforms[slots] = _uniforms(self.stream[0], self.stream[1] + sample, self.each, steps)
-            live += [[sample + j, slots[j], 0, own[j], 0, start, length] for j in range(self.each)]
+            for j in range(self.each):
+                at = [x for (start, own), n in zip(taken, lengths, strict=True) for x in (own[j], start, n)]
+                live.append([sample + j, slots[j], 0, 0, *at])
             self.admitted += 1
         if not starts:
             return None, np.zeros(0, dtype=np.int64)
@@ -229,7 +259,7 @@ class _Call:
         admitted = np.array(live, dtype=np.int64)
         admitted[:, POSITION] = np.repeat(plan.next_position, self.each)
         self.live = np.concatenate([self.live, admitted])
-        return plan, np.array(starts, dtype=np.int64)
+        return plan, np.array(starts, dtype=np.int64).T
 
     def _leave(self) -> None:
         """Hands out the responses that have ended and frees what they held."""
@@ -244,13 +274,14 @@ class _Call:
             group, j = divmod(row[SAMPLE], self.each)
             kept = row[SLOT], slice(row[LENGTH])
             self.out[group][j] = Completion(
-                self.ids[kept].copy(), self.logps[kept].copy(), self.entropies[kept].copy(), by_itself
+                self.ids[kept].copy(), self.logps[kept].copy(), self.entropies[kept].copy(), by_itself, self.kept[group]
             )
             self.slots.append(row[SLOT])
-            self.rows.give(row[START], steps)
             self.left[group] -= 1
-            if not self.left[group]:
-                self.rows.give(row[PROMPT], row[PROMPT_LENGTH])
+            for i, rows in enumerate(self.rows):
+                rows.give(row[START + i * FULL], steps)
+                if not self.left[group]:
+                    rows.give(row[PROMPT + i * FULL], row[PROMPT_LENGTH + i * FULL])
         self.live = live[~leaving]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from typing import Any
 
 import torch
 
@@ -29,6 +30,22 @@ class Rows:
                 return cut if above else start
         return None
 
+    def take_group(self, prompt: int, each: int, response: int) -> tuple[int, list[int]] | None:
+        """The starts of a prompt of so many rows and of ``each`` responses to it, or None where not all fit."""
+        if (start := self.take(prompt)) is None:
+            return None
+        own = [self.take(response, above=True) for _ in range(each)]
+        if None in own:
+            self.give_group(prompt, (start, [x for x in own if x is not None]), response)
+            return None
+        return start, own
+
+    def give_group(self, prompt: int, group: tuple[int, list[int]], response: int) -> None:
+        """What :meth:`take_group` took is free again."""
+        for start in group[1]:
+            self.give(start, response)
+        self.give(group[0], prompt)
+
     def give(self, start: int, length: int) -> None:
         """The interval is free again, joined with its free neighbours."""
         i, stop = bisect(self.free, (start, start)), start + length
@@ -44,34 +61,39 @@ class Store:
 
     Args:
         size: rows. A layer's keys and its values (size, Hk, D) are allocated once, at the first forward.
+        below, layer: rows of the layers below ``layer``, where prompts are not pruned yet.
     """
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, below: int = 0, layer: int = 0):
+        self.size, self.size_below, self.layer = size, below, layer
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
-    def begin(self, rows: torch.Tensor, table) -> None:
-        """The next forward: ``rows`` (T,) where its tokens' keys go, ``table`` (s, 6) who sees what."""
-        self.rows, self.segments = rows, ops.Segments(table)
+    def begin(self, rows: torch.Tensor, table, below: tuple[torch.Tensor, Any] | None = None) -> None:
+        """The next forward: ``rows`` (T,) where its tokens' keys go, ``table`` (s, 6) who sees what; ``below``: both
+        for the layers below ``layer``.
+        """
+        self.above = rows, ops.Segments(table)
+        self.below = below and (below[0], ops.Segments(below[1]))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q (T, H, D), k and v (T, Hk, D) of the new tokens -> (T, H, D)."""
         if layer == len(self.keys):
-            self._allocate(k)
-        keys = self.keys[layer].index_copy_(0, self.rows, k)
-        values = self.values[layer].index_copy_(0, self.rows, v)
-        return ops.prefix_attention(q, keys, values, self.segments, scale=scale)
+            self._allocate(k, self.size if layer >= self.layer else self.size_below)
+        rows, segments = self.above if layer >= self.layer else self.below
+        keys = self.keys[layer].index_copy_(0, rows, k)
+        values = self.values[layer].index_copy_(0, rows, v)
+        return ops.prefix_attention(q, keys, values, segments, scale=scale)
 
-    def _allocate(self, like: torch.Tensor) -> None:
-        shape = (self.size, *like.shape[1:])
+    def _allocate(self, like: torch.Tensor, size: int) -> None:
+        shape = (size, *like.shape[1:])
         try:
             # Not empty: where attention multiplies rows that nobody sees by 0, they must be finite.
             self.keys.append(like.new_zeros(shape))
             self.values.append(like.new_zeros(shape))
         except RuntimeError as error:
-            mib = 2 * like.element_size() * like[0].numel() * self.size / 2**20
+            mib = 2 * like.element_size() * like[0].numel() * size / 2**20
             raise MemoryError(
-                f"keys and values of {self.size} tokens need {mib:.0f} MiB a layer, and layer {len(self.values)} found "
+                f"keys and values of {size} tokens need {mib:.0f} MiB a layer, and layer {len(self.values)} found "
                 "no memory; lower kv_cache_mib"
             ) from error

@@ -38,10 +38,12 @@ def vision_alive(context: Context, runner, data: dict[str, tuple[list, float]]) 
         answers = [answer[:TOKENS] for _, answer in rows]
     else:
         params = replace(runner.params, max_completion_length=min(TOKENS, runner.params.max_completion_length))
-        answers = [group[0].ids for group in runner.sampler.generate(prompts, params, seed=context.seed)]
+        sampled = [group[0] for group in runner.sampler.generate(prompts, params, seed=context.seed)]
+        answers = [c.ids for c in sampled]
+        prompts = [p.reuse(c.kept) for p, c in zip(prompts, sampled, strict=True)]
     vision.forget()
     plan = Plan(prompts, [[answer] for answer in answers])
-    seen, _ = policy.logprobs(plan, vision.features(plan.media))
+    seen, _ = policy.logprobs(plan, vision.features(plan.media))  # keeps the vision rows that the blank ones keep too
     blind, _ = policy.logprobs(plan, vision.blank(plan.media))
     vision.forget()
     change = float((seen - blind).abs().mean())
@@ -67,7 +69,8 @@ def logprob_drops(context: Context, owner: list[Prompt], completions: list[Compl
         else:
             groups.append(Group(prompt, [completion.ids], weights=[]))
     seeing = [group for group in groups if group.prompt.media]
-    blind = iter(logprobs(context, context.policy, SimpleNamespace(features=context.vision.blank), seeing))
+    dark = SimpleNamespace(features=lambda media, alone: context.vision.blank(media))
+    blind = iter(logprobs(context, context.policy, dark, seeing))
     scored = [arrays for g in groups for arrays in (next(blind) if g.prompt.media else [None] * len(g.responses))]
     pairs = zip(completions, scored, strict=True)
     return [None if dark is None else float(seen.logps.mean() - dark.mean()) for seen, dark in pairs]

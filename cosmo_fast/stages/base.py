@@ -15,7 +15,7 @@ from cosmo_fast.distributed import Ranks
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import TokenBatch, sequence_position
-from cosmo_fast.plan import Plan, balance, flops
+from cosmo_fast.plan import Plan, Prompt, balance, flops
 from cosmo_fast.stages.packed import Group, passes
 
 
@@ -57,6 +57,12 @@ def logprobs(context: Context, policy: Policy, vision: Vision, groups: list[Grou
         for i, arrays in zip(work.indices, by_response(logps, work.groups), strict=True):
             scored[i] += arrays
     return scored
+
+
+def kept_share(prompts: list[Prompt]) -> dict[str, float]:
+    """The metric ``perf/vision_tokens_kept``: the mean share, over prompts with pictures; nothing without pruning."""
+    shares = [p.kept.count / p.vision_rows for p in prompts if p.kept]
+    return {"perf/vision_tokens_kept": sum(shares) / len(shares)} if shares else {}
 
 
 def step_seed(seed: int, *path: int) -> int:

@@ -81,6 +81,8 @@ def passes(
     The caller's backward of a pass comes before the next pass is asked for; with gradients on, ``backward`` is called
     here with a scalar at the end of a split group.
     """
+    for group in groups:
+        group.prompt.check()
     for batch in micro_batches([g.size for g in groups], max_tokens):
         chosen = [groups[i] for i in batch]
         if batch.parts:
@@ -88,24 +90,26 @@ def passes(
                 yield replace(part, indices=batch)
             continue
         plan = plan_of(chosen)
-        hidden = policy.hidden(plan, vision.features(plan.media))[plan.tensor("label_rows", policy.device)]
-        yield Pass(batch, chosen, plan, hidden)
+        hidden = policy.hidden(plan, vision.features(plan.media, alone=plan.unchosen))
+        yield Pass(batch, chosen, plan, hidden[plan.tensor("label_rows", policy.device)])
 
 
 def _two_phases(policy: Policy, vision: Vision, group: Group, parts: list[list[int]], backward) -> Iterator[Pass]:
     prefix = _Prefix(Plan([group.prompt]))
-    last = policy.hidden(prefix.plan, vision.features(prefix.plan.media), attention=prefix)[-1:]
+    features = vision.features(prefix.plan.media, alone=prefix.plan.unchosen)
+    last = policy.hidden(prefix.plan, features, attention=prefix)[-1:]
+    [prompt] = prefix.plan.prompts  # with its vision rows chosen
     made = [last, *prefix.keys, *prefix.values]
     wide = statistics_dtype(last.dtype)  # the parts' gradients add up in fp32 at least
     leaves = [x.detach().to(wide).requires_grad_(x.requires_grad) for x in made]
     layers = len(prefix.keys)
     for part in parts:
-        chosen = group.only(part)
+        chosen = replace(group.only(part), prompt=prompt)
         plan = plan_of([chosen])
         attention = _Continuation(plan, leaves[1 : layers + 1], leaves[layers + 1 :])
-        tokens, positions = (plan.tensor(name, policy.device) for name in ("tokens", "positions"))
-        embeddings = policy.model.get_input_embeddings()(tokens[plan.prompt_tokens :])
-        states = policy.forward(embeddings, positions[:, plan.prompt_tokens :], attention)
+        embeddings = policy.model.get_input_embeddings()(plan.tensor("targets", policy.device))
+        positions = plan.tensor("positions", policy.device)
+        states = policy.forward(embeddings, positions[:, positions.shape[1] - len(embeddings) :], attention)
         # A response's first token is predicted by the prompt's last state, which stands before the responses' own.
         rows = plan.tensor("label_rows", policy.device) - (plan.prompt_tokens - 1)
         yield Pass([], [chosen], plan, torch.cat((leaves[0].to(states.dtype), states))[rows])
@@ -122,7 +126,7 @@ class _Prefix:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         self._kept.setdefault(layer, (k, v))  # gradient checkpointing comes here a second time
-        return ops.prefix_attention(q, k, v, self.plan.segments, scale=scale)
+        return ops.prefix_attention(q, k, v, self.plan.at(layer), scale=scale)
 
     @property
     def keys(self) -> list[torch.Tensor]:
@@ -137,10 +141,15 @@ class _Continuation:
     """Attention of phase two: the responses' rows over the kept prompt and themselves."""
 
     def __init__(self, plan: Plan, keys: list[torch.Tensor], values: list[torch.Tensor]):
-        table = plan.segments.table[1:].copy()
-        table[:, 0] -= plan.prompt_tokens
-        self.segments, self.keys, self.values = Segments(table), keys, values
+        self.keys, self.values, self.plan = keys, values, plan
+        self.below, self.segments = self._table(plan.below), self._table(plan.segments)
+
+    def _table(self, segments: Segments) -> Segments:
+        table = segments.table[1:].copy()
+        table[:, 0] -= segments.table[0, 1]
+        return Segments(table)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         k, v = (torch.cat((x[layer].to(new.dtype), new)) for x, new in ((self.keys, k), (self.values, v)))
-        return ops.prefix_attention(q, k, v, self.segments, scale=scale)
+        segments = self.segments if layer >= self.plan.layer else self.below
+        return ops.prefix_attention(q, k, v, segments, scale=scale)

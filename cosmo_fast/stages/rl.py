@@ -20,7 +20,7 @@ from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
 from cosmo_fast.stages.alive import logprob_drops
-from cosmo_fast.stages.base import Context, accumulate, logprobs, own_share, step_seed
+from cosmo_fast.stages.base import Context, accumulate, kept_share, logprobs, own_share, step_seed
 from cosmo_fast.stages.packed import Group
 from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
 
@@ -100,10 +100,12 @@ class RLStage:
         prompts = self.mixture.draw(stage.completions_per_rollout * ranks.world // each)
         seed = step_seed(context.seed, step)
         options = {"num_generations": each, "seed": seed, "first": ranks.start(len(prompts))}
-        completions = [c for g in self.sampler.generate(ranks.share(prompts), self.params, **options) for c in g]
+        generated = self.sampler.generate(ranks.share(prompts), self.params, **options)
+        completions = [c for g in generated for c in g]
         sampled = time.perf_counter()
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        owner = [p for p in ranks.share(prompts) for _ in range(each)]
+        chosen = [p.reuse(g[0].kept) for p, g in zip(ranks.share(prompts), generated, strict=True)]
+        owner = [p for p in chosen for _ in range(each)]
         mixed = self._rewarded(owner, completions, texts)
         shares = ranks.gather((completions, texts, mixed))
         completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
@@ -113,7 +115,7 @@ class RLStage:
         gains = self._advantages(mixed, group_index, completions).tolist()
         self.groups = [
             Group(
-                prompt,
+                prompt.reuse(completions[i].kept),
                 [c.ids for c in completions[i : i + each]],
                 weights=[],
                 advantages=gains[i : i + each],
@@ -125,6 +127,8 @@ class RLStage:
         if self.reference is not None:
             self._score_reference()
         self.rollout_metrics = rollout_metrics(mixed, completions, texts, owner, each) | {
+            **kept_share(prompts),
+            "perf/kv_mib": getattr(self.sampler, "kv_bytes", 0) / 2**20,  # another engine need not know
             "timing_s/sample": sampled - started,
             "timing_s/reward": rewarded - sampled,
             "timing_s/reference": time.perf_counter() - rewarded,

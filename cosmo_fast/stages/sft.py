@@ -7,7 +7,7 @@ import numpy as np
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.objectives import sft
 from cosmo_fast.plan import Prompt
-from cosmo_fast.stages.base import Context, accumulate, step_seed
+from cosmo_fast.stages.base import Context, accumulate, kept_share, step_seed
 from cosmo_fast.stages.packed import Group
 
 
@@ -27,7 +27,7 @@ class SFTStage:
         groups = [Group(prompt, [target], [np.full(len(target), 1 / tokens)]) for prompt, target in rows]
         loss, metrics, _ = accumulate(self.context, groups, sft(), seed=step_seed(self.context.seed, step, 1))
         metrics.pop("probability", None)
-        return {"loss": loss, **metrics, "tokens": sum(g.tokens for g in groups)}
+        return {"loss": loss, **metrics, **kept_share([p for p, _ in rows]), "tokens": sum(g.tokens for g in groups)}
 
     def samples(self) -> list:
         """Supervised steps sample nothing."""
