@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -68,3 +68,7 @@ class Kept:
     count: int
     rows: np.ndarray | None = None
     hash: str = ""
+
+    def written(self) -> dict[str, Any]:
+        """Setting, version, rows and hash as JSON has them."""
+        return self.setting.model_dump() | {"version": self.version, "rows": self.rows.tolist(), "hash": self.hash}

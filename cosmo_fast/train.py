@@ -112,8 +112,8 @@ def describe(trainer) -> None:
     added = f", {adapter:,} of them in the adapter" if adapter else ""
     print(f"\n# model: {parameters:,} parameters{added}, {config.dtype}")
     print(f"  tokens a micro-batch        at most {config.max_tokens_per_batch}")
-    vision = sum(m.rows for m in prompt.media)
-    print(f"\n# first prompt ({len(prompt.ids)} tokens, {vision} of them vision; {prompt.source})")
+    vision = f"{prompt.vision_rows} of them vision" + (f", {prompt.kept.count} of these kept" if prompt.kept else "")
+    print(f"\n# first prompt ({len(prompt.ids)} tokens, {vision}; {prompt.source})")
     print(prompt.text)
 
 

@@ -307,6 +307,8 @@ def test_a_run_with_pruning_is_the_same_bit_for_bit_after_a_stop(recipe, tmp_pat
     written = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert {row["perf/vision_tokens_kept"] for row in written} == {0.5}
     assert all(abs(row["rollout/kl"]) < 1e-4 for row in written if row["stage"] == "rl")
+    shown = [json.loads(x) for x in next((tmp_path / "whole" / "samples").glob("*.jsonl")).read_text().splitlines()]
+    assert all(len(s["vision_prune"]["rows"]) == s["vision_prune"]["keep"] * 36 for s in shown), shown
     [resolved] = [line for line in (tmp_path / "whole" / "config.yaml").read_text().splitlines() if "max_min" in line]
     assert "selector" in resolved
 

@@ -144,6 +144,7 @@ class RLStage:
                 "reward": float(mixed.total[i]),
                 "rewards": dict(zip(mixed.names, finite(mixed.matrix[i].tolist()), strict=True)),
                 "advantage": gains[i],
+                **({"vision_prune": kept.written()} if (kept := completions[i].kept) else {}),
             }
             for i in spread
         ]
