@@ -205,6 +205,8 @@ class _Call:
             return self.policy.forward(embeddings, torch.from_numpy(positions).to(device).expand(3, -1), self.store)
         features = self.pictures.of(plan.media, self.admitted)
         # The step's plan: the new prompts, then one token a live response at the position where it is.
+        if plan.taken is not None:  # chosen before
+            plan.taken = np.concatenate([plan.taken, len(plan.tokens) + np.arange(len(live))])
         plan.tokens = np.concatenate([plan.tokens, tokens])
         plan.positions = np.concatenate([plan.positions, np.broadcast_to(positions, (3, len(live)))], 1)
         hidden = self.policy.hidden(plan, features, attention=self.store)
@@ -238,19 +240,20 @@ class _Call:
             if starts and tokens > self.max_tokens:
                 break
             lengths = [len(prompt.ids) - prompt.dropped, len(prompt.ids)][: len(self.rows)]
-            taken = [rows.take_group(n, self.each, steps) for rows, n in zip(self.rows, lengths, strict=True)]
-            if None in taken:
-                for rows, n, group in zip(self.rows, lengths, taken, strict=True):
-                    if group is not None:
-                        rows.give_group(n, group, steps)
+            free, taken = [list(rows.free) for rows in self.rows], []
+            for rows, n in zip(self.rows, lengths, strict=True):
+                taken.append([rows.take(n), *(rows.take(steps, above=True) for _ in range(self.each))])
+            if any(None in own for own in taken):
+                for rows, before in zip(self.rows, free, strict=True):
+                    rows.free = before
                 break
-            starts.append([start for start, _ in taken])
+            starts.append([own[0] for own in taken])
             slots = [self.slots.pop() for _ in range(self.each)]
             sample = self.admitted * self.each
             if self.params.temperature:
                 self.uniforms[slots] = _uniforms(self.stream[0], self.stream[1] + sample, self.each, steps)
             for j in range(self.each):
-                at = [x for (start, own), n in zip(taken, lengths, strict=True) for x in (own[j], start, n)]
+                at = [x for own, n in zip(taken, lengths, strict=True) for x in (own[1 + j], own[0], n)]
                 live.append([sample + j, slots[j], 0, 0, *at])
             self.admitted += 1
         if not starts:

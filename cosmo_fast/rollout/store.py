@@ -30,22 +30,6 @@ class Rows:
                 return cut if above else start
         return None
 
-    def take_group(self, prompt: int, each: int, response: int) -> tuple[int, list[int]] | None:
-        """The starts of a prompt of so many rows and of ``each`` responses to it, or None where not all fit."""
-        if (start := self.take(prompt)) is None:
-            return None
-        own = [self.take(response, above=True) for _ in range(each)]
-        if None in own:
-            self.give_group(prompt, (start, [x for x in own if x is not None]), response)
-            return None
-        return start, own
-
-    def give_group(self, prompt: int, group: tuple[int, list[int]], response: int) -> None:
-        """What :meth:`take_group` took is free again."""
-        for start in group[1]:
-            self.give(start, response)
-        self.give(group[0], prompt)
-
     def give(self, start: int, length: int) -> None:
         """The interval is free again, joined with its free neighbours."""
         i, stop = bisect(self.free, (start, start)), start + length
