@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from short_run import RANDOM, SHORT, chance, whole_and_resumed
+from short_run import SHORT, chance, whole_and_resumed
 from test_families import spoken
 from tiny import WITH_PICTURES, make_prompt, padded_logits, save_pictures, tiny_policy
 
@@ -331,7 +331,8 @@ def test_passes_over_one_rollout_reuse_its_rows_and_refuse_others(recipe, tmp_pa
         return metrics
 
     monkeypatch.setattr(RLStage, "step", tampers)
-    flags = [*SHORT, RANDOM, *FLAGS, "--stages.rl.num_iterations=3", "--save_steps=null", "--stages.rl.beta=0.1"]
+    flags = [*SHORT, *FLAGS, "--stages.rl.num_iterations=3", "--save_steps=null", "--stages.rl.beta=0.1"]
+    flags += ["--stages.rl.reward_recipe={'*': {chance: 1, visual_focus_drop: 0.1}}"]  # a blank pass, too
     with pytest.raises(ValueError, match="it would be trained on other rows than it was sampled with"):
         Trainer(load_config(str(recipe), flags), reward_funcs={"chance": chance}).train()
     assert len(seen) == 2 and seen[0] == seen[1]
