@@ -1,8 +1,9 @@
-"""Tables of benchmarks/results as Markdown, put between the marks `<!-- NAME -->` and `<!-- /NAME -->` of README.md.
+"""Tables of benchmarks/results as Markdown, put between the marks `<!-- NAME -->` and `<!-- /NAME -->` of README.md and
+of benchmarks/results/reproduce/*.md.
 
     python benchmarks/plot.py [--check]
 
---check changes nothing and fails when README.md is not what the result files say. A mark whose result file is not
+--check changes nothing and fails when one of them is not what the result files say. A mark whose result file is not
 there keeps what it has.
 """
 
@@ -12,6 +13,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from reproduce import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -208,6 +211,25 @@ def plain_table(rows: list[dict]) -> str:
     return f"{table}\n\n{below[:1].upper()}{below[1:]}." if below else table
 
 
+def prune_table(rows: list[dict]) -> str:
+    """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
+    metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
+    base = ("unpruned", "rl")
+    costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "kv_mib")}
+    scenes = summary.cells(rows, "scenes", metrics, base)
+    clips = summary.cells(rows, "clips", metrics[:1], base)
+    body = []
+    for arm, stage in [*scenes, *(key for key in clips if key not in scenes)]:
+        found = scenes.get((arm, stage), ["–"] * 6)
+        shown = f"{stage}, evaluated only" if arm == "sweep" else arm if arm != "cold" else f"cold start, {stage}"
+        cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
+        body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), *cost])
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV MiB"]
+    seeds = len({row["seed"] for row in rows})
+    about = f"Mean ± standard deviation over {seeds} seeds; Δ: paired difference to `unpruned`"
+    return f"{_markdown(head, body)}\n\n{about} ({_source(rows[0])}, one thread)."
+
+
 TABLES = {  # mark: (result file, its table)
     "loss": ("linear_policy_loss.csv", loss_table),
     "loss-cases": ("linear_policy_loss.csv", other_cases_table),
@@ -220,6 +242,7 @@ TABLES = {  # mark: (result file, its table)
     "train-growth": ("train.csv", train_growth_table),
     "attention-cuda": ("prefix_attention_cuda.csv", attention_table),
     "tolerance": ("row_tolerance.csv", plain_table),
+    "reproduce-prune": ("reproduce/prune.csv", prune_table),
 }
 
 
@@ -240,15 +263,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail when README.md differs from the results")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = before = readme.read_text()
-    for name, table in tables().items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = mark.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
-    if options.check:
-        return int(text != before)
-    readme.write_text(text)
-    return 0
+    made, differ = tables(), False
+    for path in (ROOT / "README.md", *sorted(RESULTS.glob("reproduce/*.md"))):
+        text = before = path.read_text()
+        for name, table in made.items():
+            mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            text = mark.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
+        differ |= text != before
+        if not options.check:
+            path.write_text(text)
+    return int(options.check and differ)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class WorldConfig(Strict):
     """The embedded world that ``world:`` paths name; built once a seed and size. ``seed``: by default the run's."""
 
     seed: int | None = Field(default=None, ge=0)
+    picture: int = 56  # side of its pictures in pixels, a multiple of 56; 392 gives 196 vision tokens
     sizes: dict[str, float] = Field(default_factory=dict)
     cache_dir: str | None = None
 

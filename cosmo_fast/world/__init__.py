@@ -12,11 +12,12 @@ import shutil
 from pathlib import Path
 
 from cosmo_fast.world.build import SIZES, VERSION, build
+from cosmo_fast.world.draw import SIZE
 
 __all__ = ["build", "ensure_world"]
 
 
-def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes: float) -> Path:
+def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, picture: int = SIZE, **sizes: float) -> Path:
     """The folder of the world of this seed and these sizes, with its model under ``model``; built on the first call.
 
     It lies in ``cache_dir``, by default $XDG_CACHE_HOME/cosmo_fast (~/.cache/cosmo_fast).
@@ -27,7 +28,7 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
     from cosmo_fast.world.model import build_model, picture_statistics, training_material
 
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
-    about = hashlib.sha256(json.dumps([seed, SIZES | sizes], sort_keys=True).encode())
+    about = hashlib.sha256(json.dumps([seed, picture, SIZES | sizes], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):  # a changed world is another world, whatever VERSION says
         about.update(source.read_bytes())
     digest = about.hexdigest()[:12]
@@ -38,10 +39,10 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, **sizes:
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
-        build(draft, seed=seed, **sizes)
+        build(draft, seed=seed, picture=picture, **sizes)
         texts, pictures = training_material(draft)
-        mean, std = picture_statistics(pictures)
-        build_model(draft / "model", texts, seed=seed, image_mean=mean, image_std=std)
+        mean, std = picture_statistics(pictures if picture == SIZE else pictures[:: len(pictures) // 500 + 1])
+        build_model(draft / "model", texts, seed=seed, image_mean=mean, image_std=std, picture=picture)
         try:
             draft.rename(folder)
         except OSError:

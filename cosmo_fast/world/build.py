@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cosmo_fast.world import attacks, draw, questions, requests
+from cosmo_fast.world import attacks, clips, draw, questions, requests
+from cosmo_fast.world.clips import PHRASINGS as CLIP_TASKS
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
 from cosmo_fast.world.questions import SINGLE, TASKS
@@ -56,31 +57,34 @@ def _digest(text: str) -> str:
 class _Writer:
     """Rows of one split; pictures are rendered once, however many rows show them."""
 
-    def __init__(self, folder: Path, split: str, seed: int, rendered: set[str]):
-        self.folder, self.split, self.rendered = folder, split, rendered
+    def __init__(self, folder: Path, split: str, seed: int, rendered: set[str], side: int = draw.SIZE):
+        self.folder, self.split, self.rendered, self.side = folder, split, rendered, side
         self.rng = np.random.default_rng([seed, int(_digest(split), 16)])
         self.rows: list[dict[str, Any]] = []
 
-    def picture(self, scene: Scene) -> str:
-        if self.split == "style":
-            scene = replace(scene, style="outline")
+    def picture(self, scene: Scene, first: Scene | None = None) -> str:
+        if first is None:
+            style = {"style": "outline", "small": "ground"}.get(self.split, scene.style)
+            scene = replace(scene, side=self.side, style=style)
         name = f"images/{scene.key}.png"
         if name not in self.rendered:
-            draw.render(scene).save(self.folder / name, compress_level=1)
+            draw.render(scene, first).save(self.folder / name, compress_level=1)
             self.rendered.add(name)
         return name
 
-    def add(self, scene: Scene, text: str, target: str | None, columns: dict[str, Any]) -> dict[str, Any]:
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    def add(self, scene: Scene | list[Scene], text: str, target: str | None, columns: dict[str, Any]) -> dict[str, Any]:
+        """A row about a picture, or about the frames of a clip."""
+        frames = [self.picture(s, scene[0]) for s in scene] if isinstance(scene, list) else [self.picture(scene)]
+        messages = [{"role": "user", "content": [{"type": "image"}] * len(frames) + [{"type": "text", "text": text}]}]
         if target is not None:
             messages.append({"role": "assistant", "content": target})
-        row = {"id": f"{self.split}-{len(self.rows)}", "messages": messages, "images": [self.picture(scene)], **columns}
+        row = {"id": f"{self.split}-{len(self.rows)}", "messages": messages, "images": frames, **columns}
         self.rows.append(row)
         return row
 
     def variant(self) -> int:
         """The jitter of a picture: training, validation and held-out splits share none."""
-        base = {"train": 0, "rl": 0, "rl_safety": 0, "validation": 1}.get(self.split, 2)
+        base = {"train": 0, "small": 0, "rl": 0, "rl_safety": 0, "validation": 1}.get(self.split, 2)
         return (base << 16) + int(self.rng.integers(1 << 16))
 
     def background(self) -> str:
@@ -118,6 +122,23 @@ def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bi
                 "facts": {"visual": question.visual, "textual": question.textual},
             }
             writer.add(scene, question.text(rng, unseen), target, columns)
+            left[task] -= 1
+
+
+def moving(writer: _Writer, count: int, where: str) -> None:
+    """``count`` questions about clips, in equal parts a task, with targets in training."""
+    left = dict.fromkeys(CLIP_TASKS, -(-count // len(CLIP_TASKS)))
+    while any(left.values()):
+        clip = clips.draw_clip(writer.rng, writer.variant(), writer.side // 2)
+        for task in [task for task in left if left[task]]:
+            steps, answer, combination = clip.ask(task)
+            if bucket(combination) != where:
+                continue
+            objects = [clip.mover, *(name for name, _ in clip.still)]
+            columns = {"label": "general_rule", "task": f"clip-{task}", "answer": answer, "objects": objects}
+            columns["combination"] = _digest(combination)
+            target = f"<think>{steps}</think>\\boxed{{{answer}}}" if where == "train" else None
+            writer.add(clip.frames, clips.question(task, clip, writer.rng), target, columns)
             left[task] -= 1
 
 
@@ -207,13 +228,19 @@ def _request(
     return writer.add(scene, requests.text(asked, phrase, unseen), target, columns)
 
 
-def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:
+def build(folder: str | Path, *, seed: int = 0, picture: int = draw.SIZE, **sizes: float) -> Path:
     """Writes all splits into ``folder``, which appears as a whole; ``sizes`` override :data:`SIZES`.
+
+    ``picture``: side of the pictures in pixels. The same rows are drawn at every size; with larger ones there are also
+    clips, in ``train`` a sixth as many as general questions, in the split ``clips`` a third, and ``small``, four times
+    as many rows as ``train`` over pictures of the usual size, on which perception is learned at little cost.
 
     Raises:
         ValueError: an unknown size, or ``folder`` is there already.
     """
     folder = Path(folder)
+    if picture < draw.SIZE or picture % draw.SIZE:
+        raise ValueError(f"world.picture={picture} must be a multiple of {draw.SIZE}: 56, 112, ..., 392")
     if unknown := sorted(sizes.keys() - SIZES.keys()):
         raise ValueError(f"world.sizes: unknown {unknown}; known: {', '.join(SIZES)}")
     if folder.exists():
@@ -228,16 +255,16 @@ def build(folder: str | Path, *, seed: int = 0, **sizes: float) -> Path:
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, seed, size)
+        _write(temporary, seed, size, picture)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write(temporary: Path, seed: int, size: dict[str, Any]) -> None:
+def _write(temporary: Path, seed: int, size: dict[str, Any], side: int) -> None:
     (temporary / "images").mkdir(parents=True)
-    splits = _fill(temporary, seed, size)
+    splits = _fill(temporary, seed, size, side)
     _check_disjoint(splits)
     for writer in splits.values():
         writer.write()
@@ -248,10 +275,10 @@ def _write(temporary: Path, seed: int, size: dict[str, Any]) -> None:
     (temporary / "README.md").write_text(README.format(seed=seed, version=VERSION, **size))
 
 
-def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
+def _fill(folder: Path, seed: int, size: dict[str, Any], side: int) -> dict[str, _Writer]:
     rendered: set[str] = set()
     names = ("train", "rl", "rl_safety", "validation", "scenes", "phrasings", "style", "concepts", "intents", "blank")
-    splits = {name: _Writer(folder, name, seed, rendered) for name in names}
+    splits = {name: _Writer(folder, name, seed, rendered, side) for name in names}
     warn = size["warn_share"]
     general(splits["train"], size["train_general"], "train", bias=size["bias_sum"])
     safety(splits["train"], size["train_safety"], "train", bias=(size["bias_policy"], size["bias_bare"]), warn=warn)
@@ -267,7 +294,15 @@ def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     safety(splits["intents"], size["held_safety"], "held_out", intents=True)
     general(splits["style"], size["held_general"], "held_out")
     safety(splits["style"], size["held_safety"], "held_out", warn=warn)
-    draw.blank().save(folder / "images" / "blank.png")
+    if side > draw.SIZE:
+        splits["clips"] = _Writer(folder, "clips", seed, rendered, side)
+        splits["small"] = small = _Writer(folder, "small", seed, rendered)
+        general(small, 4 * size["train_general"], "train", bias=size["bias_sum"])
+        bias = (size["bias_policy"], size["bias_bare"])
+        safety(small, 4 * size["train_safety"], "train", bias=bias, warn=warn)
+        moving(splits["train"], size["train_general"] // 6, "train")
+        moving(splits["clips"], size["scenes_general"] // 3, "held_out")
+    draw.blank(side).save(folder / "images" / "blank.png")
     splits["blank"].rows = [
         row | {"id": row["id"].replace("scenes", "blank"), "images": ["images/blank.png"]}
         for row in splits["scenes"].rows
@@ -277,7 +312,8 @@ def _fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
 
 def _check_disjoint(splits: dict[str, _Writer]) -> None:
     seen = {name: {row["combination"] for row in writer.rows} for name, writer in splits.items()}
-    training = seen["train"] | seen["rl"] | seen["rl_safety"]
+    known = [name for name in ("train", "rl", "rl_safety", "small") if name in seen]
+    training = set().union(*(seen[name] for name in known))
     for name, combinations in seen.items():
-        if name not in ("train", "rl", "rl_safety"):
+        if name not in known:
             assert not combinations & training, f"{name} shares combinations with training"

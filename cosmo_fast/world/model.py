@@ -97,11 +97,13 @@ def build_model(
     vision_hidden_size: int = 96,
     initializer_range: float = 0.05,
     rope_theta: float = 100.0,
+    picture: int = SIZE,
 ) -> Path:
     """Writes the folder: weights drawn from N(0, ``initializer_range``²), config, tokenizer, chat template, processor.
 
     With pixels normalised by the data's own statistics and this range a run of minutes learns colours and counts; with
-    the usual 0.5 and 0.02 colours stay at chance.
+    the usual 0.5 and 0.02 colours stay at chance. For a larger ``picture`` (pixels) the tower looks at windows of
+    56 × 56: a patch costs what it costs in a picture of that size, and what is learned on small pictures holds.
     """
     folder = Path(folder)
     tokenizer = build_tokenizer(texts)
@@ -120,8 +122,10 @@ def build_model(
         ),
         vision_config=dict(
             depth=vision_depth, hidden_size=vision_hidden_size, intermediate_size=3 * vision_hidden_size, num_heads=4,
-            out_hidden_size=hidden_size, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
-            fullatt_block_indexes=list(range(vision_depth)), initializer_range=initializer_range,
+            out_hidden_size=hidden_size, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+            window_size=112 if picture == SIZE else SIZE,
+            fullatt_block_indexes=list(range(vision_depth)) if picture == SIZE else [],
+            initializer_range=initializer_range,
         ),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],

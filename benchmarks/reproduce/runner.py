@@ -1,0 +1,241 @@
+"""Runs the arms of a table, two single-threaded processes side by side, and files what each of them measured.
+
+    python benchmarks/reproduce/runner.py prune [--arm NAME] [--seed N] [--jobs 2] [--list | --dry-run]
+
+A table is a module of this folder: its docstring states the hypotheses, written before the run; ``SEEDS``, ``ARMS``
+and ``BASELINE`` say what is run and what it is compared with. When an arm ends, a row for each stage and split
+is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics, ``n``, where it ran); the docstring
+is in TABLE.md beside it, so that the CSV has no comment lines. An arm with rows is not run again: take its rows out to
+repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce). An arm that fails shows
+the end of its log; the others go on, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
+KEYS = ("arm", "seed", "stage", "split")
+METRICS = ("accuracy", "safe_rate", "over_refusal_rate", "warn_rate", "helpful_rate", "format_rate")
+WHERE = ("device", "threads", "torch", "commit")
+TAIL = 30  # lines of a failed arm's log that are shown
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run a seed.
+
+    recipe: a YAML file of this folder. settings: its overrides, ``{"stages.rl.max_steps": 60}``. start: the arm whose
+    final model it starts from. program: what is run instead of training, a script of this folder that takes ``MODEL
+    OUTPUT_DIR --seed N`` and leaves a summary.json as training does. measure: further columns from the run folder and a
+    stage's name.
+    """
+
+    name: str
+    recipe: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    program: str = ""
+    measure: Callable[[Path, str], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm with a seed, and the folder of its run."""
+
+    arm: Arm
+    seed: int
+    runs: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.name
+
+    @property
+    def ended(self) -> bool:
+        return (self.folder / "summary.json").is_file()
+
+    def command(self) -> list[str]:
+        """What runs it, or goes on with it."""
+        arm = self.arm
+        start = [str(self.runs / f"{arm.start}-{self.seed}")] if arm.start else []
+        if arm.program:
+            return [sys.executable, str(HERE / arm.program), *start, str(self.folder), "--seed", str(self.seed)]
+        settings = dict(arm.settings) | {"seed": self.seed, "output_dir": str(self.folder)}
+        settings |= {"model_name_or_path": start[0]} if start else {}
+        begun = any(self.folder.glob("checkpoint-*"))
+        settings |= {"resume_from_checkpoint": True} if begun else {"overwrite_output_dir": True}
+        flags = [part for key, value in settings.items() for part in (f"--{key}", _flag(value))]
+        return [sys.executable, "-m", "cosmo_fast.train", "--config", str(HERE / arm.recipe), *flags]
+
+
+def _flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a result file, none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows, in place of earlier ones of the same arm and seed; readers see the file before or after, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        new = {(row["arm"], str(row["seed"])) for row in rows}
+        kept = [row for row in read(path) if (row["arm"], row["seed"]) not in new] + rows
+        middle = dict.fromkeys(name for row in kept for name in row if name not in (*KEYS, "n", *WHERE))
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*KEYS, *middle, "n", *WHERE], restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(part, path)
+
+
+def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
+    """What the ended run's summary says, a row a stage and split."""
+    summary = json.loads((job.folder / "summary.json").read_text())
+    about = summary["environment"]
+    where = {"device": about["device"], "threads": about["threads"], "torch": about["versions"].split(",")[0]}
+    rows = []
+    for stage in summary["stages"]:
+        more = job.arm.measure(job.folder, stage["name"]) if job.arm.measure else {}
+        more = {"seconds": round(stage["seconds"], 1)} | more | stage.get("measured", {})
+        for split, found in stage["splits"].items():
+            metrics = {name: "" if found.get(name) is None else round(found[name], 4) for name in METRICS}
+            keys = dict(zip(KEYS, (job.arm.name, job.seed, stage["name"], split), strict=True))
+            rows.append(keys | metrics | more | {"n": found["n"]} | where | {"commit": commit})
+    return rows
+
+
+def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: set, runs: Path) -> list[Job]:
+    """Jobs to run, each after the one that it starts from; a start that is filed but has no model left runs again."""
+    by_name = {arm.name: arm for arm in arms}
+    if unknown := sorted(names - by_name.keys()):
+        raise ValueError(f"--arm {unknown[0]!r} is none of {', '.join(by_name)}")
+    jobs: dict[str, Job] = {}
+
+    def add(job: Job) -> None:
+        start = Job(by_name[job.arm.start], job.seed, runs) if job.arm.start else None
+        if start and not start.ended:
+            add(start)
+        jobs.setdefault(job.name, job)
+
+    for seed in seeds:
+        for name in [name for name in by_name if name in (names or by_name)]:
+            if (name, str(seed)) not in filed:
+                add(Job(by_name[name], seed, runs))
+    # Starts first: two chains run side by side from the beginning.
+    depth = lambda job: 0 if job.arm.start is None else 1 + depth(Job(by_name[job.arm.start], job.seed, runs))  # noqa
+    return sorted(jobs.values(), key=lambda job: min(depth(job), 2))
+
+
+def run(jobs: list[Job], results: Path, at_once: int, commit: str) -> list[str]:
+    """Runs the jobs and files their rows; returns the names of those that failed or had nothing to start from."""
+    waiting, running, failed = list(jobs), {}, []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    try:
+        while waiting or running:
+            coming = {job.name for job in (*waiting, *running)}
+            for job in [job for job in waiting if len(running) < at_once]:
+                start = f"{job.arm.start}-{job.seed}"
+                if job.arm.start and start in failed:
+                    waiting.remove(job)
+                    failed.append(job.name)
+                    print(f"{job.name}: not run, {start} failed", flush=True)
+                elif len(running) < at_once and not (job.arm.start and start in coming):
+                    waiting.remove(job)
+                    if job.ended:  # it was stopped before its rows were filed
+                        append(results, rows_of(job, commit))
+                        continue
+                    print(f"{job.name}: begins", flush=True)
+                    job.runs.mkdir(parents=True, exist_ok=True)
+                    with (job.runs / f"{job.name}.log").open("a") as log:
+                        began = time.monotonic()
+                        options = {"env": environment, "cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+                        running[job] = (subprocess.Popen(job.command(), **options), began)
+            for job, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    taken = f"{time.monotonic() - began:.0f} s"
+                    if process.returncode == 0:
+                        append(results, rows_of(job, commit))
+                        print(f"{job.name}: done, {taken}; {len(waiting)} wait", flush=True)
+                    else:
+                        failed.append(job.name)
+                        lines = (job.runs / f"{job.name}.log").read_text().splitlines()[-TAIL:]
+                        print("\n".join([f"{job.name}: FAILED ({process.returncode}), {taken}:", *lines]), flush=True)
+            time.sleep(0.1)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    return failed
+
+
+def main(arguments: list[str] | None = None, table: ModuleType | None = None, results: Path = RESULTS) -> int:
+    """Returns the exit status. ``table`` instead of the named module, ``results`` instead of the folder: for tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = sorted(path.stem for path in HERE.glob("*.py") if "\nARMS" in path.read_text())
+    parser.add_argument("table", choices=tables if table is None else None)
+    parser.add_argument("--arm", action="append", default=[], help="only this one, and what it starts from; repeatable")
+    parser.add_argument("--seed", action="append", type=int, default=[], help="only this one; repeatable")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "reproduce", help="where run folders go")
+    parser.add_argument("--list", action="store_true", help="print every arm, seed and whether it is filed")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    options = parser.parse_args(arguments)
+    table = table or importlib.import_module(options.table)
+    path, runs = results / f"{options.table}.csv", (options.runs / options.table).absolute()
+    filed = {(row["arm"], row["seed"]) for row in read(path)}
+    seeds = options.seed or list(table.SEEDS)
+    if options.list:
+        for seed in seeds:
+            for arm in table.ARMS:
+                print(f"{arm.name} {seed} {'filed' if (arm.name, str(seed)) in filed else 'open'}")
+        return 0
+    jobs = wanted(table.ARMS, seeds, set(options.arm), filed, runs)
+    if options.dry_run:
+        print("\n".join(shlex.join(job.command()) for job in jobs))
+        return 0
+    about = path.with_suffix(".md")
+    if not about.is_file():
+        about.parent.mkdir(parents=True, exist_ok=True)
+        mark = f"reproduce-{options.table}"
+        about.write_text(f"{table.__doc__.strip()}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n")
+    git = shutil.which("git")
+    found = git and subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    failed = run(jobs, path, options.jobs, found.stdout.strip() if found else "")
+    print(f"failed: {', '.join(failed)}" if failed else f"{path}: every arm is filed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A table's rows over its seeds: mean ± standard deviation, and the paired difference to the baseline arm."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+
+def over_seeds(rows: list[dict[str, str]], split: str, metric: str) -> dict[tuple[str, str], dict[str, float]]:
+    """{(arm, stage): {seed: value}} of a split, in the order of the file; empty cells are left out."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["split"] == split and row.get(metric, "") != "":
+            found.setdefault((row["arm"], row["stage"]), {})[row["seed"]] = float(row[metric])
+    return found
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """``.83 ± .02``, without the spread for one seed, a dash for none."""
+    if not values:
+        return "–"
+    digits = 2 if max(map(abs, values)) < 10 else 0
+    shown = f"{mean(values):{sign}.{digits}f}"
+    return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def cells(
+    rows: list[dict[str, str]], split: str, metrics: list[str], baseline: tuple[str, str]
+) -> dict[tuple[str, str], list[str]]:
+    """{(arm, stage): two cells a metric: its spread, and that of the differences to the baseline's same seeds}."""
+    table: dict[tuple[str, str], list[str]] = {}
+    for metric in metrics:
+        found = over_seeds(rows, split, metric)
+        base = found.get(baseline, {})
+        for key in dict.fromkeys((row["arm"], row["stage"]) for row in rows if row["split"] == split):
+            values = found.get(key, {})
+            paired = [value - base[seed] for seed, value in values.items() if seed in base]
+            table.setdefault(key, []).extend([spread(list(values.values())), spread(paired, "+")])
+    return table
