@@ -38,7 +38,7 @@ WHERE = ("device", "threads", "torch", "commit")
 TAIL = 30  # lines of a failed arm's log that are shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One run a seed.
 
@@ -56,7 +56,7 @@ class Arm:
     measure: Callable[[Path, str], dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """An arm with a seed, and the folder of its run."""
 

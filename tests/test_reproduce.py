@@ -1,0 +1,258 @@
+"""The runner of the reproduction tables on a stand-in for training, and the larger pictures that they train on."""
+
+import csv
+import json
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "reproduce")]
+
+import prune  # noqa: E402
+import runner  # noqa: E402
+from reproduce import summary  # noqa: E402
+from runner import Arm, Job  # noqa: E402
+
+from cosmo_fast.config import load_config  # noqa: E402
+from cosmo_fast.world import build, clips, draw  # noqa: E402
+
+# Trains nothing: [START] FOLDER --seed N. Notes when it ran; an arm named "bad" fails; a start must be there.
+STAND_IN = """
+import json, pathlib, sys, time
+*start, folder, _, seed = sys.argv[1:]
+folder, began = pathlib.Path(folder), time.time()
+assert all((pathlib.Path(s) / "summary.json").is_file() for s in start)
+print("a line of the log")
+if folder.name.startswith("bad"):
+    sys.exit("out of cheese")
+time.sleep(0.3)
+split = {"n": 5, "accuracy": 0.5 + int(seed) / 10, "safe_rate": None, "accuracy_interval": [0, 1], "tasks": {}}
+folder.mkdir(parents=True)
+about = {"device": "none", "threads": "1", "versions": "torch 2, more"}
+stage = {"name": "only", "seconds": 1.23, "splits": {"scenes": split, "clips": split}}
+(folder / "summary.json").write_text(json.dumps({"seed": int(seed), "stages": [stage], "environment": about}))
+with open(folder.parent / "times", "a") as file:
+    file.write(f"{folder.name} {began} {time.time()}\\n")
+"""
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """``run(*flags, arms=...)`` -> status; its folder is ``run.folder``, the rows ``run.rows()``, who ran ``ran()``."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    names = {"cold": None, "a": "cold", "b": "cold"}
+
+    def run(*flags, starts=names, seeds=(0, 1)):
+        arms = [Arm(name, program=str(script), start=start) for name, start in starts.items()]
+        table = SimpleNamespace(ARMS=arms, SEEDS=seeds, __doc__="# Title\n\nIt is so.")
+        return runner.main(["t", "--runs", str(tmp_path / "runs"), *flags], table, tmp_path / "results")
+
+    times = tmp_path / "runs" / "t" / "times"
+    run.folder, run.rows = tmp_path, lambda: runner.read(tmp_path / "results" / "t.csv")
+    run.times = lambda: [line.split() for line in times.read_text().splitlines()] if times.is_file() else []
+    return run
+
+
+def test_every_arm_runs_once_after_its_start_two_side_by_side_and_leaves_a_row_a_split(bench):
+    assert bench() == 0
+    times = {name: (float(began), float(ended)) for name, began, ended in bench.times()}
+    assert len(bench.times()) == len(times) == 6
+    for name, (began, _) in times.items():
+        assert name.startswith("cold") or times[f"cold-{name[-1]}"][1] <= began
+        assert sum(b <= began < e for b, e in times.values()) <= 2
+    assert times["cold-1"][0] < times["cold-0"][1]
+    text = (bench.folder / "results" / "t.csv").read_text()
+    assert text.startswith("arm,seed,stage,split,accuracy,") and "#" not in text
+    keys = [(row["arm"], row["seed"], row["stage"], row["split"]) for row in csv.DictReader(text.splitlines())]
+    assert sorted(keys) == sorted(
+        (a, s, "only", p) for a in ("cold", "a", "b") for s in "01" for p in ("scenes", "clips")
+    )
+    assert {(row["accuracy"], row["safe_rate"], row["n"]) for row in bench.rows()} == {
+        ("0.5", "", "5"),
+        ("0.6", "", "5"),
+    }
+    assert (bench.folder / "results" / "t.md").read_text().startswith("# Title\n\nIt is so.\n\n<!-- reproduce-t -->")
+
+
+def test_what_is_filed_is_not_run_again_and_a_start_without_its_model_is(bench):
+    assert bench("--arm", "a", "--seed", "1") == 0
+    assert [name for name, *_ in bench.times()] == ["cold-1", "a-1"]
+    assert bench("--seed", "1") == 0
+    assert [name for name, *_ in bench.times()][2:] == ["b-1"]
+    for name in ("cold-1", "b-1"):  # a fresh clone has rows and no runs
+        (bench.folder / "runs" / "t" / name / "summary.json").unlink()
+        (bench.folder / "runs" / "t" / name).rmdir()
+    runner.append(bench.folder / "results" / "t.csv", [])
+    kept = [row for row in bench.rows() if row["arm"] != "b"]
+    (bench.folder / "results" / "t.csv").unlink()
+    runner.append(bench.folder / "results" / "t.csv", kept)
+    assert bench("--seed", "1") == 0
+    assert [name for name, *_ in bench.times()][3:] == ["cold-1", "b-1"]
+    assert len(bench.rows()) == 6
+
+
+def test_a_run_that_ended_unfiled_is_filed_without_running(bench):
+    assert bench("--arm", "cold", "--seed", "0") == 0
+    (bench.folder / "results" / "t.csv").unlink()
+    assert bench("--arm", "cold", "--seed", "0") == 0
+    assert len(bench.times()) == 1 and len(bench.rows()) == 2
+
+
+def test_a_failing_arm_shows_its_log_stops_what_starts_from_it_and_nothing_else(bench, capfd):
+    assert bench(starts={"bad": None, "after": "bad", "good": None}, seeds=(0,)) == 1
+    printed = capfd.readouterr().out
+    assert "bad-0: FAILED (1)" in printed and "a line of the log" in printed and "out of cheese" in printed
+    assert "after-0: not run, bad-0 failed" in printed and "failed: bad-0, after-0" in printed
+    assert [row["arm"] for row in bench.rows()] == ["good", "good"]
+
+
+def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
+    job = Job(Arm("x", "prune_rl.yaml", {"vision_prune": {"keep": 0.5}}, start="cold"), 3, tmp_path)
+    fresh = job.command()
+    assert fresh[fresh.index("--overwrite_output_dir") + 1] == "true" and "--resume_from_checkpoint" not in fresh
+    (job.folder / "checkpoint-10").mkdir(parents=True)
+    again = job.command()
+    assert again[again.index("--resume_from_checkpoint") + 1] == "true" and "--overwrite_output_dir" not in again
+    for command in (fresh, again):
+        assert command[command.index("--model_name_or_path") + 1] == str(tmp_path / "cold-3")
+        assert json.loads(command[command.index("--vision_prune") + 1]) == {"keep": 0.5}
+        assert command[command.index("--seed") + 1] == "3"
+
+
+def test_list_and_dry_run_start_nothing(bench, capsys):
+    assert bench("--list") == bench("--dry-run", "--arm", "b", "--seed", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["cold 0 open", "a 0 open"] and [line.split()[-1] for line in lines[-2:]] == ["1", "1"]
+    assert "cold-1" in lines[-2] and "b-1" in lines[-1] and not (bench.folder / "results").exists()
+    with pytest.raises(ValueError, match="--arm 'c' is none of cold, a, b"):
+        bench("--arm", "c")
+
+
+def _file(path, seed):
+    for arm in range(10):
+        runner.append(path, [{"arm": f"arm{arm}", "seed": seed, "stage": "s", "split": "x", "n": 1, f"m{seed}": arm}])
+
+
+def test_rows_filed_by_several_runners_at_once_are_all_there_in_a_file_that_is_whole_at_any_time(tmp_path):
+    path = tmp_path / "t.csv"
+    with ProcessPoolExecutor(3) as pool:
+        writers = [pool.submit(_file, path, seed) for seed in range(3)]
+        while not all(writer.done() for writer in writers):
+            assert all(row["n"] == "1" for row in runner.read(path))
+        for writer in writers:
+            writer.result()
+    rows = runner.read(path)
+    assert {(row["arm"], row["seed"], row[f"m{row['seed']}"]) for row in rows} == {
+        (f"arm{arm}", str(seed), str(arm)) for arm in range(10) for seed in range(3)
+    } and len(rows) == 30
+
+
+def test_differences_to_the_baseline_are_paired_by_seed():
+    values = {("base", "rl"): {0: 0.5, 1: 0.9}, ("x", "rl"): {0: 0.6, 1: 1.0, 2: 0.0}}
+    rows = [
+        {"arm": arm, "stage": stage, "seed": str(seed), "split": "s", "accuracy": str(value)}
+        for (arm, stage), found in values.items()
+        for seed, value in found.items()
+    ]
+    cells = summary.cells(rows, "s", ["accuracy", "nothing"], ("base", "rl"))
+    assert cells["base", "rl"] == ["0.70 ± 0.28", "+0.00 ± 0.00", "–", "–"]
+    assert cells["x", "rl"] == ["0.53 ± 0.50", "+0.10 ± 0.00", "–", "–"]
+
+
+def test_every_arm_of_the_tables_has_a_recipe_that_loads_and_a_start_that_is_an_arm(tmp_path):
+    names = [arm.name for arm in prune.ARMS]
+    assert len(set(names)) == len(names) == 11 and prune.BASELINE in names
+    for arm in prune.ARMS:
+        assert arm.start is None or arm.start in names
+        if not arm.program:
+            command = Job(arm, 1, tmp_path).command()
+            config = load_config(command[4], command[5:])
+            assert config.seed == 1 and config.world.picture == 392
+
+
+TINY = {
+    "train_general": 18, "train_safety": 4, "rl_general": 9, "rl_safety": 4, "validation_general": 9,
+    "validation_safety": 4, "scenes_general": 18, "scenes_safety": 4, "held_general": 9, "held_safety": 4,
+}  # fmt: skip
+
+
+def test_the_same_rows_are_drawn_larger_and_only_they_have_clips(tmp_path):
+    small, large = (build(tmp_path / str(side), picture=side, **TINY) for side in (56, 392))
+    for split in ("rl", "rl_safety", "scenes", "concepts"):
+        rows = [[json.loads(x) for x in (f / f"{split}.jsonl").read_text().splitlines()] for f in (small, large)]
+        for a, b in zip(*rows, strict=True):
+            assert {k: v for k, v in a.items() if k != "images"} == {k: v for k, v in b.items() if k != "images"}
+            assert [Image.open(f / r["images"][0]).size for f, r in ((small, a), (large, b))] == [(56, 56), (392, 392)]
+    assert not (small / "clips.jsonl").exists() and not (small / "small.jsonl").exists()
+    clip = json.loads((large / "clips.jsonl").read_text().splitlines()[0])
+    assert [Image.open(large / name).size for name in clip["images"]] == [(196, 196)] * 4
+    few = json.loads((large / "small.jsonl").read_text().splitlines()[0])
+    assert Image.open(large / few["images"][0]).size == (56, 56)
+    with pytest.raises(ValueError, match="world.picture=100 must be a multiple of 56"):
+        build(tmp_path / "odd", picture=100)
+
+
+def _ink(scene, without, first=None):
+    """Rows and columns where the two pictures differ."""
+    a, b = (np.asarray(p, dtype=int) for p in (draw.render(scene, first), without))
+    return np.argwhere((a != b).any(-1))
+
+
+def test_an_object_of_a_large_picture_lies_in_its_quadrant_in_one_token(monkeypatch):
+    for variant in range(20):
+        scene = draw.Scene((("apple", variant % 4),), "blue", variant, side=392)
+        with monkeypatch.context() as patch:
+            patch.setattr(draw, "_glyph", lambda *a: Image.new("RGBA", (1, 1)))
+            bare = draw.render(scene)
+        ink = _ink(scene, bare)
+        assert len({(y // 28, x // 28) for y, x in ink.tolist()}) == 1
+        assert {(y // 196) * 2 + x // 196 for y, x in ink.tolist()} == {variant % 4}
+        assert len(np.unique(np.asarray(bare).reshape(-1, 3), axis=0)) > 20  # a ground of many shades
+
+
+def test_only_the_mover_of_a_clip_moves_and_its_answers_say_from_where_to_where():
+    rng = np.random.default_rng(0)
+    for variant in range(20):
+        clip = clips.draw_clip(rng, variant, 196)
+        frames = clip.frames
+        changed = _ink(frames[-1], draw.render(frames[0]), frames[0])
+        assert {int(y >= 98) * 2 + int(x >= 98) for y, x in changed.tolist()} == {clip.start, clip.end}
+        assert len({(y // 28, x // 28) for y, x in changed.tolist()}) == 2
+        assert clip.ask("start")[1] == draw.QUADRANTS[clip.start] and clip.ask("end")[1] == draw.QUADRANTS[clip.end]
+        steps, answer, _ = clip.ask("mover")
+        before, after = (part.split("end ")[-1].removeprefix("At the start ").rstrip(".").split(", ")
+                         for part in steps.split(". "))  # fmt: skip
+        assert {a for a, b in zip(before, after, strict=True) if a != b} == {answer, "nothing"} and answer == clip.mover
+
+
+def test_the_larger_picture_is_196_vision_tokens_to_the_worlds_model(tmp_path):
+    from cosmo_fast.data import load_rows
+    from cosmo_fast.data.encode import Encoder
+    from cosmo_fast.models import load_policy
+    from cosmo_fast.models.vision import Vision
+    from cosmo_fast.world import ensure_world
+
+    world = ensure_world(cache_dir=tmp_path, picture=392, **TINY)
+    policy = load_policy(world / "model")
+    for split in ("scenes", "clips"):
+        prompt = Encoder(policy).prompt(load_rows(world / f"{split}.jsonl")[0])
+        assert sum(m.rows for m in prompt.media) == 196
+    policy.freeze_vision_tower(True)
+    features = Vision(policy).features(list(prompt.media)).reshape(4, 7, 7, -1)
+    same = [np.asarray(draw.render(draw.Scene((), "blue", 0)))]  # a window of 56 × 56 stands for itself
+    assert features.shape[-1] == policy.head_weight.shape[1] and len(same) == 1
+
+
+def test_the_command_prints_what_it_would_run():
+    script = ROOT / "benchmarks" / "reproduce" / "runner.py"
+    command = [sys.executable, script, "prune", "--dry-run", "--arm", "sweep", "--seed", "0", "--runs", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "prune_sweep.py" in done.stdout.splitlines()[-1] and len(done.stdout.splitlines()) == 3
