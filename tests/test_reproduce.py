@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,12 @@ from reproduce import summary  # noqa: E402
 from runner import Arm, Job  # noqa: E402
 
 from cosmo_fast.config import load_config  # noqa: E402
-from cosmo_fast.world import build, clips, draw  # noqa: E402
+from cosmo_fast.data import load_rows  # noqa: E402
+from cosmo_fast.data.encode import Encoder  # noqa: E402
+from cosmo_fast.data.rows import single_row  # noqa: E402
+from cosmo_fast.models import load_policy  # noqa: E402
+from cosmo_fast.models.vision import Vision  # noqa: E402
+from cosmo_fast.world import build, clips, draw, ensure_world  # noqa: E402
 
 # Trains nothing: [START] FOLDER --seed N. Notes when it ran; an arm named "bad" fails; a start must be there.
 STAND_IN = """
@@ -184,8 +190,14 @@ TINY = {
 }  # fmt: skip
 
 
-def test_the_same_rows_are_drawn_larger_and_only_they_have_clips(tmp_path):
-    small, large = (build(tmp_path / str(side), picture=side, **TINY) for side in (56, 392))
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A world of pictures of 392 × 392 with its model."""
+    return ensure_world(cache_dir=tmp_path_factory.mktemp("cache"), picture=392, **TINY)
+
+
+def test_the_same_rows_are_drawn_larger_and_only_they_have_clips(tmp_path, large):
+    small = build(tmp_path / "56", **TINY)
     for split in ("rl", "rl_safety", "scenes", "concepts"):
         rows = [[json.loads(x) for x in (f / f"{split}.jsonl").read_text().splitlines()] for f in (small, large)]
         for a, b in zip(*rows, strict=True):
@@ -207,7 +219,7 @@ def _ink(scene, without, first=None):
 
 
 def test_an_object_of_a_large_picture_lies_in_its_quadrant_in_one_token(monkeypatch):
-    for variant in range(20):
+    for variant in range(8):
         scene = draw.Scene((("apple", variant % 4),), "blue", variant, side=392)
         with monkeypatch.context() as patch:
             patch.setattr(draw, "_glyph", lambda *a: Image.new("RGBA", (1, 1)))
@@ -233,22 +245,16 @@ def test_only_the_mover_of_a_clip_moves_and_its_answers_say_from_where_to_where(
         assert {a for a, b in zip(before, after, strict=True) if a != b} == {answer, "nothing"} and answer == clip.mover
 
 
-def test_the_larger_picture_is_196_vision_tokens_to_the_worlds_model(tmp_path):
-    from cosmo_fast.data import load_rows
-    from cosmo_fast.data.encode import Encoder
-    from cosmo_fast.models import load_policy
-    from cosmo_fast.models.vision import Vision
-    from cosmo_fast.world import ensure_world
-
-    world = ensure_world(cache_dir=tmp_path, picture=392, **TINY)
-    policy = load_policy(world / "model")
-    for split in ("scenes", "clips"):
-        prompt = Encoder(policy).prompt(load_rows(world / f"{split}.jsonl")[0])
-        assert sum(m.rows for m in prompt.media) == 196
+def test_a_larger_picture_is_196_vision_tokens_of_which_four_see_a_square_as_a_small_picture(tmp_path, large):
+    policy = load_policy(large / "model")
     policy.freeze_vision_tower(True)
-    features = Vision(policy).features(list(prompt.media)).reshape(4, 7, 7, -1)
-    same = [np.asarray(draw.render(draw.Scene((), "blue", 0)))]  # a window of 56 × 56 stands for itself
-    assert features.shape[-1] == policy.head_weight.shape[1] and len(same) == 1
+    prompts = [Encoder(policy).prompt(load_rows(large / f"{split}.jsonl")[0]) for split in ("scenes", "clips")]
+    assert [sum(m.rows for m in prompt.media) for prompt in prompts] == [196, 196]
+    [whole] = prompts[0].media
+    Image.open(whole.key).convert("RGB").crop((112, 56, 168, 112)).save(tmp_path / "square.png")
+    square = Encoder(policy).prompt(single_row("What is this?", [tmp_path / "square.png"])).media
+    features = Vision(policy).features([whole]).reshape(14, 14, -1)[2:4, 4:6].flatten(0, 1)
+    torch.testing.assert_close(features, Vision(policy).features(list(square)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_prints_what_it_would_run():
