@@ -121,7 +121,7 @@ def test_a_failing_arm_shows_its_log_stops_what_starts_from_it_and_nothing_else(
 
 
 def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
-    job = Job(Arm("x", "prune_rl.yaml", {"vision_prune": {"keep": 0.5}}, start="cold"), 3, tmp_path)
+    job = Job(Arm("x", "prune.yaml", ("rl",), {"vision_prune": {"keep": 0.5}}, "cold"), 3, tmp_path)
     fresh = job.command()
     assert fresh[fresh.index("--overwrite_output_dir") + 1] == "true" and "--resume_from_checkpoint" not in fresh
     (job.folder / "checkpoint-10").mkdir(parents=True)
@@ -131,6 +131,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
         assert command[command.index("--model_name_or_path") + 1] == str(tmp_path / "cold-3")
         assert json.loads(command[command.index("--vision_prune") + 1]) == {"keep": 0.5}
         assert command[command.index("--seed") + 1] == "3"
+        assert [stage["name"] for stage in json.loads(command[command.index("--stages") + 1])] == ["rl"]
 
 
 def test_list_and_dry_run_start_nothing(bench, capsys):
@@ -175,7 +176,7 @@ def test_differences_to_the_baseline_are_paired_by_seed():
 
 def test_every_arm_of_the_tables_has_a_recipe_that_loads_and_a_start_that_is_an_arm(tmp_path):
     names = [arm.name for arm in prune.ARMS]
-    assert len(set(names)) == len(names) == 11 and prune.BASELINE in names
+    assert len(set(names)) == len(names) == 12 and prune.BASELINE in names
     for arm in prune.ARMS:
         assert arm.start is None or arm.start in names
         if not arm.program:
@@ -261,4 +262,4 @@ def test_the_command_prints_what_it_would_run():
     script = ROOT / "benchmarks" / "reproduce" / "runner.py"
     command = [sys.executable, script, "prune", "--dry-run", "--arm", "sweep", "--seed", "0", "--runs", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "prune_sweep.py" in done.stdout.splitlines()[-1] and len(done.stdout.splitlines()) == 3
+    assert "prune_sweep.py" in done.stdout.splitlines()[-1] and len(done.stdout.splitlines()) == 4

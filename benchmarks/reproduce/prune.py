@@ -1,11 +1,12 @@
 """# Training and evaluating with pruned vision tokens
 
 `make reproduce-prune` runs this table: pictures of 392 × 392 of the embedded world, 196 vision tokens, of which an
-object fills 1 (questions about several objects) or 4 (one object, all safety rows); 3 seeds, each with a cold start of
-its own that its arms share. `unpruned` is the baseline: 70 steps of mixed RL without pruning. `SELECTOR-50` and
-`SELECTOR-25` train and are evaluated at that keep (per cent). The arm `sweep` trains nothing: it evaluates the unpruned
-policy of its seed under every selector and keep, before the language model and, where the name ends in `@2`, in its
-layer 2. Split `clips`: four frames of 196 × 196 in which one object moves.
+object fills 1 (questions about several objects) or 4 (one object, all safety rows); 3 seeds. The arms of a seed share a
+cold start: `small` learns to see on pictures of 56 × 56, `cold` where to look on large ones. `unpruned`, 60 steps of
+mixed RL without pruning, is the baseline; `SELECTOR-50` and `SELECTOR-25` do the same, and are evaluated, at that keep
+(per cent). `sweep` trains nothing: it evaluates the unpruned policy of its seed under every selector and keep, before
+the language model and, where a name has `@2`, in its layer 2. The rows are a split of scenes and one of clips, four
+frames of 196 × 196 in which one object moves.
 
 Hypotheses, written before the run (each can fail; what came out is in the table):
 
@@ -55,12 +56,13 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
 
 def _arm(selector: str, keep: float) -> Arm:
     pruned = {"vision_prune": {"selector": selector, "keep": keep}}
-    return Arm(name(selector, keep), "prune_rl.yaml", pruned, start="cold", measure=measured)
+    return Arm(name(selector, keep), "prune.yaml", ("rl",), pruned, "cold", measure=measured)
 
 
 ARMS = [
-    Arm("cold", "prune_cold.yaml", measure=measured),
-    Arm(BASELINE, "prune_rl.yaml", start="cold", measure=measured),
+    Arm("small", "prune.yaml", ("small",), {"eval.limit": 60}, measure=measured),
+    Arm("cold", "prune.yaml", ("large",), start="small", measure=measured),
+    Arm(BASELINE, "prune.yaml", ("rl",), start="cold", measure=measured),
     *(_arm(selector, keep) for selector in TRAINED for keep in (0.5, 0.25)),
     Arm("sweep", start=BASELINE, program="prune_sweep.py"),
 ]

@@ -10,7 +10,6 @@ import json
 import time
 from pathlib import Path
 
-from cosmo_fast.pruning import VisionPrune
 from prune import KEEPS, SWEPT, name
 
 from cosmo_fast.checkpoint import replace_text
@@ -22,6 +21,7 @@ from cosmo_fast.doctor import environment
 from cosmo_fast.evaluate import score
 from cosmo_fast.models import load_policy
 from cosmo_fast.models.vision import Vision
+from cosmo_fast.pruning import VisionPrune
 from cosmo_fast.rollout import Sampler, SamplingParams
 
 
@@ -47,22 +47,17 @@ def main() -> None:
     resolve = world_resolver(config, Ranks(None))
     splits = {split: read(config, resolve(path)) for split, path in config.eval.datasets.items()}
     policy = load_policy(options.run.absolute(), device=config.device)
-    policy.freeze_vision_tower(True)
-    visions = {split: Vision(policy) for split in splits}
-    settings = [("all-100", None, list(splits))]
+    policy.freeze_vision_tower(True)  # features are kept from one setting to the next
+    vision = Vision(policy)
+    settings: list[tuple] = [("all-100", None)]
     for keep in KEEPS:
-        swept = [*SWEPT, ("frame_difference", 0)]
-        for selector, layer in swept:
-            setting = VisionPrune(selector=selector, keep=keep, layer=layer)
-            settings.append(
-                (name(selector, keep, layer), setting, ["clips"] if selector == "frame_difference" else list(splits))
-            )
+        for selector, layer in (*SWEPT, ("frame_difference", 0)):
+            settings.append((name(selector, keep, layer), VisionPrune(selector=selector, keep=keep, layer=layer)))
     stages = []
-    for stage, setting, over in settings:
+    for stage, setting in settings:
         began, found = time.perf_counter(), {}
-        for split in over:
-            scores, cost = evaluate(policy, visions[split], splits[split], config, setting)
-            found[split] = scores
+        for split in ["clips"] if "frame_difference" in stage else splits:
+            found[split], cost = evaluate(policy, vision, splits[split], config, setting)
         print(stage, {split: scores["accuracy"] for split, scores in found.items()}, cost, flush=True)
         seconds = time.perf_counter() - began
         stages.append({"name": stage, "seconds": seconds, "splits": found, "measured": cost})

@@ -24,10 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -42,14 +45,15 @@ TAIL = 30  # lines of a failed arm's log that are shown
 class Arm:
     """One run a seed.
 
-    recipe: a YAML file of this folder. settings: its overrides, ``{"stages.rl.max_steps": 60}``. start: the arm whose
-    final model it starts from. program: what is run instead of training, a script of this folder that takes ``MODEL
-    OUTPUT_DIR --seed N`` and leaves a summary.json as training does. measure: further columns from the run folder and a
-    stage's name.
+    recipe: a YAML file of this folder, of which it runs ``stages`` (by default all). settings: its overrides,
+    ``{"stages.rl.max_steps": 60}``. start: the arm whose final model it starts from. program: what is run instead of
+    training, a script of this folder that takes ``MODEL OUTPUT_DIR --seed N`` and leaves a summary.json as training
+    does. measure: further columns, from the run folder and a stage's name.
     """
 
     name: str
     recipe: str = ""
+    stages: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     program: str = ""
@@ -82,7 +86,9 @@ class Job:
         start = [str(self.runs / f"{arm.start}-{self.seed}")] if arm.start else []
         if arm.program:
             return [sys.executable, str(HERE / arm.program), *start, str(self.folder), "--seed", str(self.seed)]
-        settings = dict(arm.settings) | {"seed": self.seed, "output_dir": str(self.folder)}
+        chosen = yaml.safe_load((HERE / arm.recipe).read_text())["stages"]
+        chosen = {"stages": [stage for stage in chosen if stage["name"] in arm.stages]} if arm.stages else {}
+        settings = chosen | arm.settings | {"seed": self.seed, "output_dir": str(self.folder)}
         settings |= {"model_name_or_path": start[0]} if start else {}
         begun = any(self.folder.glob("checkpoint-*"))
         settings |= {"resume_from_checkpoint": True} if begun else {"overwrite_output_dir": True}
@@ -139,65 +145,55 @@ def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: se
     by_name = {arm.name: arm for arm in arms}
     if unknown := sorted(names - by_name.keys()):
         raise ValueError(f"--arm {unknown[0]!r} is none of {', '.join(by_name)}")
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, tuple[int, Job]] = {}
 
-    def add(job: Job) -> None:
+    def add(job: Job) -> int:
+        """How many jobs it starts from, one after the other."""
         start = Job(by_name[job.arm.start], job.seed, runs) if job.arm.start else None
-        if start and not start.ended:
-            add(start)
-        jobs.setdefault(job.name, job)
+        depth = 0 if start is None or start.ended else 1 + add(start)
+        jobs[job.name] = depth, job
+        return depth
 
     for seed in seeds:
-        for name in [name for name in by_name if name in (names or by_name)]:
-            if (name, str(seed)) not in filed:
+        for name in by_name:
+            if name in (names or by_name) and (name, str(seed)) not in filed:
                 add(Job(by_name[name], seed, runs))
-    # Starts first: two chains run side by side from the beginning.
-    depth = lambda job: 0 if job.arm.start is None else 1 + depth(Job(by_name[job.arm.start], job.seed, runs))  # noqa
-    return sorted(jobs.values(), key=lambda job: min(depth(job), 2))
+    return [job for _, job in sorted(jobs.values(), key=lambda item: item[0])]  # every chain begins at once
 
 
 def run(jobs: list[Job], results: Path, at_once: int, commit: str) -> list[str]:
     """Runs the jobs and files their rows; returns the names of those that failed or had nothing to start from."""
-    waiting, running, failed = list(jobs), {}, []
+    ended: dict[str, Future[bool]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    try:
-        while waiting or running:
-            coming = {job.name for job in (*waiting, *running)}
-            for job in [job for job in waiting if len(running) < at_once]:
-                start = f"{job.arm.start}-{job.seed}"
-                if job.arm.start and start in failed:
-                    waiting.remove(job)
-                    failed.append(job.name)
-                    print(f"{job.name}: not run, {start} failed", flush=True)
-                elif len(running) < at_once and not (job.arm.start and start in coming):
-                    waiting.remove(job)
-                    if job.ended:  # it was stopped before its rows were filed
-                        append(results, rows_of(job, commit))
-                        continue
-                    print(f"{job.name}: begins", flush=True)
-                    job.runs.mkdir(parents=True, exist_ok=True)
-                    with (job.runs / f"{job.name}.log").open("a") as log:
-                        began = time.monotonic()
-                        options = {"env": environment, "cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
-                        running[job] = (subprocess.Popen(job.command(), **options), began)
-            for job, (process, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[job]
-                    taken = f"{time.monotonic() - began:.0f} s"
-                    if process.returncode == 0:
-                        append(results, rows_of(job, commit))
-                        print(f"{job.name}: done, {taken}; {len(waiting)} wait", flush=True)
-                    else:
-                        failed.append(job.name)
-                        lines = (job.runs / f"{job.name}.log").read_text().splitlines()[-TAIL:]
-                        print("\n".join([f"{job.name}: FAILED ({process.returncode}), {taken}:", *lines]), flush=True)
-            time.sleep(0.1)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
-    return failed
+
+    def one(job: Job) -> bool:
+        start = ended.get(f"{job.arm.start}-{job.seed}")  # it was submitted before, so that waiting for it ends
+        if start and not start.result():
+            print(f"{job.name}: not run, {job.arm.start}-{job.seed} failed", flush=True)
+            return False
+        began, log = time.monotonic(), job.runs / f"{job.name}.log"
+        if not job.ended:  # else it was stopped before its rows were filed
+            print(f"{job.name}: begins", flush=True)
+            job.runs.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                status = subprocess.call(job.command(), env=environment, cwd=ROOT, stdout=file, stderr=file)
+            if status:
+                lines = log.read_text().splitlines()[-TAIL:]
+                print("\n".join([f"{job.name}: FAILED ({status}), the end of {log}:", *lines]), flush=True)
+                return False
+        append(results, rows_of(job, commit))
+        print(f"{job.name}: filed after {time.monotonic() - began:.0f} s", flush=True)
+        return True
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for job in jobs:
+                ended[job.name] = pool.submit(one, job)
+            wait(ended.values())
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [name for name, future in ended.items() if not future.result()]
 
 
 def main(arguments: list[str] | None = None, table: ModuleType | None = None, results: Path = RESULTS) -> int:
