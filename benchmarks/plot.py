@@ -215,7 +215,7 @@ def prune_table(rows: list[dict]) -> str:
     """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
     metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
     base = ("unpruned", "rl")
-    costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "kv_mib")}
+    costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
     scenes = summary.cells(rows, "scenes", metrics, base)
     clips = summary.cells(rows, "clips", metrics[:1], base)
     body = []
@@ -224,9 +224,9 @@ def prune_table(rows: list[dict]) -> str:
         shown = f"{stage}, evaluated only" if arm == "sweep" else arm if arm != "cold" else f"cold start, {stage}"
         cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
         body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), *cost])
-    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV MiB"]
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV KiB"]
     seeds = len({row["seed"] for row in rows})
-    about = f"Mean ± standard deviation over {seeds} seeds; Δ: paired difference to `unpruned`"
+    about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
     return f"{_markdown(head, body)}\n\n{about} ({_source(rows[0])}, one thread)."
 
 

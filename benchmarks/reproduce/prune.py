@@ -19,7 +19,7 @@ Hypotheses, written before the run (each can fail; what came out is in the table
    `random` and `uniform` it does so by answering safety rows from the text, so that over-refusal rises.
 5. At 50 % `uniform` is within 0.05 of `max_min` on safety rows, whose objects fill 4 tokens: simple selectors are
    enough for what is large.
-6. A step at 25 % takes at most 0.7 of the unpruned step, and keys and values of a prompt at most 0.45 of its memory.
+6. A step at 25 % takes at most 0.7 of the unpruned step. (Keys and values shrink with what is kept: no hypothesis.)
 7. On clips at 25 and 11 %, `frame_difference` is the best selector, because what moves is what is asked about.
 """
 
@@ -36,6 +36,8 @@ SEEDS = (0, 1, 2)
 BASELINE = "unpruned"
 TRAINED = ("uniform", "random", "max_min", "attention")
 KEEPS = (0.75, 0.5, 0.25, 0.11)
+LAYERS = 4
+KV_KIB = 2 * 196  # of a picture: 4 layers × 2 heads × 32 × (key, value) × 4 bytes a token
 SWEPT = [(selector, 0) for selector in (*TRAINED, "dpp", "key_norm")] + [("attention", 2), ("key_norm", 2)]
 
 
@@ -44,14 +46,20 @@ def name(selector: str, keep: float, layer: int = 0) -> str:
     return f"{selector}{f'@{layer}' if layer else ''}-{round(100 * keep)}"
 
 
+def vision_kv(kept: float, layer: int = 0) -> float:
+    """KiB of keys and values of a prompt's 196 vision tokens, of which a share is ``kept`` from a layer on."""
+    return round(KV_KIB * (layer + (LAYERS - layer) * kept) / LAYERS, 1)
+
+
 def measured(folder: Path, stage: str) -> dict[str, Any]:
-    """Medians over the stage's steps; the memory is that of all keys and values of a rollout."""
+    """Medians over the stage's steps; ``kv_mib`` is what the sampler's store took, responses included."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == stage]
     names = {"step_s": "step_time", "sample_s": "timing_s/sample", "update_s": "timing_s/update",
              "kv_mib": "perf/kv_mib", "vision_kept": "perf/vision_tokens_kept"}  # fmt: skip
     found = {ours: [row[theirs] for row in rows if row.get(theirs) is not None] for ours, theirs in names.items()}
-    return {ours: round(median(values), 4) for ours, values in found.items() if values}
+    medians = {ours: round(median(values), 4) for ours, values in found.items() if values}
+    return medians | {"vision_kv_kib": vision_kv(medians.get("vision_kept", 1.0))}
 
 
 def _arm(selector: str, keep: float) -> Arm:

@@ -22,11 +22,15 @@ def complete(
     *,
     seed: int = 0,
     vision_prune: VisionPrune | None = None,
+    vision: Vision | None = None,
     **bounds: int,
 ) -> list[str]:
-    """One completion a row, decoded without special tokens, in the order of the rows; ``bounds`` are Sampler's."""
+    """One completion a row, decoded without special tokens, in the order of the rows; ``bounds`` are Sampler's.
+
+    ``vision``: keeps the features of a frozen tower from one call to the next.
+    """
     encoder = Encoder(policy, vision_prune=vision_prune)
-    sampler = Sampler(policy, Vision(policy), **bounds)
+    sampler = Sampler(policy, vision or Vision(policy), **bounds)
     groups = sampler.generate([encoder.prompt(row) for row in rows], params, seed=seed)
     return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
 

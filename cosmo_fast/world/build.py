@@ -232,7 +232,7 @@ def build(folder: str | Path, *, seed: int = 0, picture: int = draw.SIZE, **size
     """Writes all splits into ``folder``, which appears as a whole; ``sizes`` override :data:`SIZES`.
 
     ``picture``: side of the pictures in pixels. The same rows are drawn at every size; with larger ones there are also
-    clips, in ``train`` a sixth as many as general questions, in the split ``clips`` a third, and ``small``, four times
+    a third as many clips as general questions in ``train`` and in the split ``clips``, and ``small``, four times
     as many rows as ``train`` over pictures of the usual size, on which perception is learned at little cost.
 
     Raises:
@@ -300,7 +300,7 @@ def _fill(folder: Path, seed: int, size: dict[str, Any], side: int) -> dict[str,
         general(small, 4 * size["train_general"], "train", bias=size["bias_sum"])
         bias = (size["bias_policy"], size["bias_bare"])
         safety(small, 4 * size["train_safety"], "train", bias=bias, warn=warn)
-        moving(splits["train"], size["train_general"] // 6, "train")
+        moving(splits["train"], size["train_general"] // 3, "train")
         moving(splits["clips"], size["scenes_general"] // 3, "held_out")
     draw.blank(side).save(folder / "images" / "blank.png")
     splits["blank"].rows = [
