@@ -128,7 +128,11 @@ def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
     """What the ended run's summary says, a row a stage and split."""
     summary = json.loads((job.folder / "summary.json").read_text())
     about = summary["environment"]
-    where = {"device": about["device"], "threads": about["threads"], "torch": about["versions"].split(",")[0]}
+    where = {
+        "device": about["device"],
+        "threads": about["threads"],
+        "torch": about["versions"].split(",")[0].removeprefix("torch "),
+    }
     rows = []
     for stage in summary["stages"]:
         more = job.arm.measure(job.folder, stage["name"]) if job.arm.measure else {}
