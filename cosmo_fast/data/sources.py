@@ -23,7 +23,15 @@ def world_resolver(config: Config, ranks: Ranks):
             about = {"picture": config.world.picture, "cache_dir": config.world.cache_dir}
             with ranks.in_turn():
                 root.append(ensure_world(seed=seed, **about, **config.world.sizes))
-        return str(root[0] / name.removeprefix("world:"))
+        file = name.removeprefix("world:")
+        if "/" in file:
+            from cosmo_fast.world.parts import PARTS, ensure_part
+
+            part = file.partition("/")[0]
+            if part in PARTS:
+                with ranks.in_turn():
+                    ensure_part(root[0], part)
+        return str(root[0] / file)
 
     return resolve
 

@@ -32,6 +32,9 @@ RATES = (
     ("over_refusal_rate", "over-refusal"),
     ("helpful_rate", "helpful"),
     ("warn_rate", "warned help"),
+    ("value_rate", "good advice"),
+    ("knowledge_rate", "known"),
+    ("instruction_rate", "instructions"),
     ("format_rate", "format"),
 )
 

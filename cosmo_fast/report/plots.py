@@ -19,6 +19,11 @@ CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
         {"safety/safe_rate": "harmful requests: safe", "safety/over_refusal_rate": "benign requests: refused"},
     ),
     "accuracy": ("Accuracy", "share of right answers", {"accuracy": "accuracy"}),
+    "rates": (
+        "Advice, knowledge, instructions",
+        "share of responses",
+        {"value_rate": "good advice", "knowledge_rate": "known", "instruction_rate": "all instructions followed"},
+    ),
     "entropy": ("Entropy of the policy", "entropy (nats a token)", {"entropy": "entropy"}),
     "kl": ("Divergence", "KL (nats a token)", {"kl": "to the reference", "rollout/kl": "sampler to trainer"}),
     "length": ("Response length", "length (tokens)", {"completions/mean_length": "mean length"}),
@@ -114,7 +119,7 @@ def _panel(
                 axis.plot(chosen[:, 0], chosen[:, 1], color=colour, lw=0.8, alpha=0.3)
             axis.plot(chosen[:, 0], trailing_mean(chosen[:, 1], smoothing), marker=marker, ms=4, **strong)
     values = [value for points in curves.values() for _, _, value in points]
-    if name in ("rewards", "safety", "accuracy") and 0 <= min(values) and max(values) <= 1:
+    if name in ("rewards", "safety", "accuracy", "rates") and 0 <= min(values) and max(values) <= 1:
         axis.set_ylim(-0.03, 1.03)
     axis.set_ylabel(unit, fontsize=9)
     axis.yaxis.set_major_formatter("{x:.3g}")  # no common factor above the axis, where the stages are named

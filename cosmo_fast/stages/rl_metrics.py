@@ -50,5 +50,5 @@ def rollout_metrics(
         "safety/safe_rate": judged["safe_rate"],
         "safety/over_refusal_rate": judged["over_refusal_rate"],
         "safety/helpful_rate": judged["helpful_rate"],
-        "format_rate": judged["format_rate"],
+        **{name: judged[name] for name in ("format_rate", "value_rate", "knowledge_rate", "instruction_rate")},
     }

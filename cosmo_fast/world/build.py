@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cosmo_fast.world import attacks, clips, draw, questions, requests
 from cosmo_fast.world.clips import PHRASINGS as CLIP_TASKS
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
-from cosmo_fast.world.questions import SINGLE, TASKS
+from cosmo_fast.world.questions import SINGLE, TASKS, Question
 from cosmo_fast.world.requests import INTENTS, SIBLINGS
 
 VERSION = 1
@@ -29,6 +30,14 @@ SIZES = {
     "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
     "attacks": 400,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
+    # The part cosmo: value rows of each (kind, choice) pair, copies of every taught fact, rows.
+    "value_train": 400, "value_rl": 150, "value_held": 50, "lessons": 6,
+    "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_rl": 600, "search_held": 320,
+    "instruction_train": 3600, "instruction_rl": 1200, "instruction_held": 400,
+    "bias_value": 0.7, "bias_step": 0.6, "bias_form": 0.6,
+    # The part perception: rows.
+    "perception_train": 9000, "perception_rl": 1800, "perception_validation": 270, "perception_held": 720,
+    "bias_description": 0.5,
 }  # fmt: skip
 README = """# The embedded world of cosmo_fast
 
@@ -84,7 +93,7 @@ class _Writer:
 
     def variant(self) -> int:
         """The jitter of a picture: training, validation and held-out splits share none."""
-        base = {"train": 0, "small": 0, "rl": 0, "rl_safety": 0, "validation": 1}.get(self.split, 2)
+        base = 0 if is_training(self.split) else 1 if self.split == "validation" else 2
         return (base << 16) + int(self.rng.integers(1 << 16))
 
     def background(self) -> str:
@@ -96,8 +105,12 @@ class _Writer:
         (self.folder / f"{self.split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bias: float | None = None) -> None:
-    """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums in targets, None: no targets."""
+def is_training(split: str) -> bool:
+    return split in ("train", "small", "rl", "rl_safety") or split.endswith(("_train", "_rl"))
+
+
+def asked(writer: _Writer, count: int, where: str) -> Iterator[tuple[Scene, Question]]:
+    """``count`` questions in equal parts a task."""
     rng, per_task = writer.rng, -(-count // len(TASKS))
     left, deck = dict.fromkeys(TASKS, per_task), []
     while any(left.values()):
@@ -112,16 +125,7 @@ def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bi
             question = questions.ask(task, scene, rng)
             if question is None or bucket(question.combination) != where:
                 continue
-            target = None if bias is None else question.target(bool(rng.random() < bias))
-            columns = {
-                "label": "general_rule",
-                "task": task,
-                "answer": question.answer,
-                "objects": list(dict.fromkeys(name for name, _ in scene.places)),
-                "combination": _digest(question.combination),
-                "facts": {"visual": question.visual, "textual": question.textual},
-            }
-            writer.add(scene, question.text(rng, unseen), target, columns)
+            yield scene, question
             left[task] -= 1
 
 
@@ -140,6 +144,25 @@ def moving(writer: _Writer, count: int, where: str) -> None:
             target = f"<think>{steps}</think>\\boxed{{{answer}}}" if where == "train" else None
             writer.add(clip.frames, clips.question(task, clip, writer.rng), target, columns)
             left[task] -= 1
+
+
+def described(question: Question) -> dict[str, Any]:
+    """The columns of a row that asks ``question``."""
+    return {
+        "label": "general_rule",
+        "task": question.task,
+        "answer": question.answer,
+        "objects": list(dict.fromkeys(name for name, _ in question.scene.places)),
+        "combination": _digest(question.combination),
+        "facts": {"visual": question.visual, "textual": question.textual},
+    }
+
+
+def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bias: float | None = None) -> None:
+    """``count`` questions in equal parts a task; ``bias``: share of off-by-one sums in targets, None: no targets."""
+    for scene, question in asked(writer, count, where):
+        target = None if bias is None else question.target(bool(writer.rng.random() < bias))
+        writer.add(scene, question.text(writer.rng, unseen), target, described(question))
 
 
 def safety(
@@ -312,8 +335,7 @@ def _fill(folder: Path, seed: int, size: dict[str, Any], side: int) -> dict[str,
 
 def _check_disjoint(splits: dict[str, _Writer]) -> None:
     seen = {name: {row["combination"] for row in writer.rows} for name, writer in splits.items()}
-    known = [name for name in ("train", "rl", "rl_safety", "small") if name in seen]
-    training = set().union(*(seen[name] for name in known))
+    training = set().union(*(combinations for name, combinations in seen.items() if is_training(name)))
     for name, combinations in seen.items():
-        if name not in known:
+        if not is_training(name):
             assert not combinations & training, f"{name} shares combinations with training"

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from cosmo_fast.world.build import is_training
 from cosmo_fast.world.draw import SIZE
 
 SPECIAL = [
@@ -39,8 +40,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of ``texts`` is one token and any other text still has tokens."""
+def build_tokenizer(texts: Iterable[str], tags: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of ``texts`` is one token, as is each of the ``tags`` (``<answer>``).
+
+    Any other text still has tokens.
+    """
+    whole_texts = [*WHOLE, *tags]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -56,14 +61,14 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = [f"system\n user\n assistant\n {' '.join(WHOLE)}"]
+    words = [f"system\n user\n assistant\n {' '.join(whole_texts)}"]
     cleaned = set()
     for text in texts:
-        for whole in WHOLE:
+        for whole in whole_texts:
             text = text.replace(whole, "\n")  # what follows it starts without a space, and is a token of its own
         cleaned.add(text)
     tokenizer.train_from_iterator(sorted(cleaned) + words, trainer)
-    tokenizer.add_tokens(WHOLE)
+    tokenizer.add_tokens(whole_texts)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -98,6 +103,7 @@ def build_model(
     initializer_range: float = 0.05,
     rope_theta: float = 100.0,
     picture: int = SIZE,
+    tags: Iterable[str] = (),
 ) -> Path:
     """Writes the folder: weights drawn from N(0, ``initializer_range``²), config, tokenizer, chat template, processor.
 
@@ -106,7 +112,7 @@ def build_model(
     56 × 56: a patch costs what it costs in a picture of that size, and what is learned on small pictures holds.
     """
     folder = Path(folder)
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_tokenizer(texts, tags)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     heads, pairs = 4, hidden_size // 8
     config = Qwen2_5_VLConfig(
@@ -161,8 +167,10 @@ def _draw_weights(model: nn.Module, deviation: float, seed: int) -> None:
 def training_material(folder: Path) -> tuple[list[str], list[Path]]:
     """Every text and every picture of the training splits, for the tokenizer and the pixel statistics."""
     texts, pictures = [], set()
-    for split in ("train", "rl", "rl_safety"):
-        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+    for split in sorted(path for path in folder.glob("*.jsonl") if is_training(path.stem)):
+        if split.stem == "small":  # the texts of train, over smaller pictures
+            continue
+        for line in split.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             pictures.update(row["images"])
             for message in row["messages"]:

@@ -100,32 +100,40 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> Question | None:
     if task in SINGLE:
         return _about_one(task, scene)
     names = list(dict.fromkeys(name for name, _ in scene.places))
-    at = {quadrant: name for name, quadrant in scene.places}
     a = names[int(rng.integers(len(names)))]
+    absent = [name for name in COUNTABLE if name not in names]
+    if task == "place":
+        quadrants = sorted(quadrant for _, quadrant in scene.places)
+        a = QUADRANTS[quadrants[int(rng.integers(len(quadrants)))]]
+    elif task == "presence":
+        a = a if rng.random() < 0.5 else str(rng.choice(absent))
+    b = str(rng.choice([name for name in names if name != a] or absent)) if task == "sum" else a
+    return pose(task, scene, a, b)
+
+
+def pose(task: str, scene: Scene, a: str, b: str) -> Question | None:
+    """The question of ``task`` about ``a`` (an object or a quadrant) and, of a sum, ``b``; None as in :func:`ask`."""
+    if task in SINGLE:
+        return _about_one(task, scene)
+    at = {quadrant: name for name, quadrant in scene.places}
     if task == "total":
         return _counted(scene, task, {}, _list(at), len(scene.places), [])
     if task == "place":
-        quadrant = sorted(at)[int(rng.integers(len(at)))]
-        words = {"place": QUADRANTS[quadrant]}
-        return _question(
-            scene, task, words, _list(at, places=True), at[quadrant], QUADRANTS[quadrant], [QUADRANTS[quadrant]]
-        )
-    absent = [name for name in COUNTABLE if name not in names]
+        name = at.get(QUADRANTS.index(a))
+        return name and _question(scene, task, {"place": a}, _list(at, places=True), name, a, [a])
+    words = {"a": THINGS[a].a}
     if task == "presence":
-        asked = a if rng.random() < 0.5 else str(rng.choice(absent))
-        return _question(
-            scene, task, {"a": THINGS[asked].a}, _list(at, [asked]), "yes" if asked in names else "no", asked, [asked]
-        )
+        return _question(scene, task, words, _list(at, [a]), "yes" if scene.count(a) else "no", a, [a])
     if task == "position":
         if scene.count(a) != 1:
             return None
         answer = QUADRANTS[next(quadrant for quadrant, name in at.items() if name == a)]
-        return _question(scene, task, {"a": THINGS[a].a}, _list(at, [a], places=True), answer, a, [a])
+        return _question(scene, task, words, _list(at, [a], places=True), answer, a, [a])
+    if not scene.count(a):
+        return None
     if task == "count":
-        words = {"a": THINGS[a].a}
         return _question(scene, task, words, _list(at, [a]), str(scene.count(a)), a, [a])
-    b = str(rng.choice([name for name in names if name != a] or absent))
-    words = {"a": THINGS[a].a, "b": THINGS[b].a}
+    words |= {"b": THINGS[b].a}
     return _counted(scene, task, words, _list(at, [a, b]), scene.count(a) + scene.count(b), [a, b])
 
 

@@ -1,0 +1,123 @@
+"""Instruction rows: how an answer has to be written, checked by rule, over questions and requests with their pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import combinations, permutations
+from typing import Any
+
+from cosmo_fast.rewards.instruction import followed
+
+# Sentences that may stand around an answer without changing what it says.
+AROUND = ("Hello.", "I look.", "I think.", "Thank you.", "Goodbye.", "I see {a}.", "I see {colour}.")
+# How a question may be answered; a request has one right sentence.
+QUESTION = ("It is {answer}.", "The answer is {answer}.", "I think it is {answer}.", "Answer: {answer}.", "{answer}.")
+REQUEST = ("{answer}",)
+
+
+ASKED, ALL, ONE = ("question",), ("question", "request"), ("question", "request", "one")
+
+
+def _order(*words: str) -> dict[str, Any]:
+    return {"kind": "order", "words": list(words)}
+
+
+# name -> what the user says, what is checked, and where: over a "question" (its answer is boxed), a "request", both;
+# "one": over a picture of one object only, "several": of several. {name}, {colour} and {count} are the picture's.
+FORMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    **{f"words-{n}": (f"Use {n} words.", {"kind": "words", "min": n, "max": n}, ASKED) for n in range(1, 6)},
+    **{f"sentences-{n}": (f"Use {n} sentences.", {"kind": "sentences", "min": n, "max": n}, ALL) for n in (2, 3)},
+    "hello": ("Say hello.", {"kind": "include", "word": "hello"}, ALL),
+    "thanks": ("Say thank you.", {"kind": "include", "word": "thank you"}, ALL),
+    "no-is": ("Leave out the word is.", {"kind": "exclude", "word": "is"}, ASKED),
+    "no-it": ("Leave out the word it.", {"kind": "exclude", "word": "it"}, ASKED),
+    "hello-goodbye": ("Say hello and then goodbye.", _order("hello", "goodbye"), ALL),
+    "goodbye-hello": ("Say goodbye and then hello.", _order("goodbye", "hello"), ALL),
+    "end-thanks": ("End with thank you.", {"kind": "ends_with", "text": "thank you."}, ALL),
+    "end-goodbye": ("End with goodbye.", {"kind": "ends_with", "text": "goodbye."}, ALL),
+    "capital": ("Use capital letters.", {"kind": "case", "case": "upper"}, ("request",)),  # \\boxed is not capital
+    "small": ("Use small letters.", {"kind": "case", "case": "lower"}, ALL),
+    # What the picture decides.
+    "colour": ("Say which colour you see.", {"kind": "include", "word": "{colour}"}, ONE),
+    "end-object": ("End with the object.", {"kind": "ends_with", "text": "{name}."}, ONE),
+    "end-colour": ("End with the colour.", {"kind": "ends_with", "text": "{colour}."}, ONE),
+    "object-colour": ("Say the object and then the colour.", _order("{name}", "{colour}"), ONE),
+    "colour-object": ("Say the colour and then the object.", _order("{colour}", "{name}"), ONE),
+    "as-many": (
+        "Use as many sentences as you see objects.",
+        {"kind": "sentences", "min": "{count}", "max": "{count}"},
+        ("question", "several"),
+    ),
+}
+PICTURE = {name for name, (_, _, about) in FORMS.items() if {"one", "several"} & {*about}}
+
+
+@lru_cache
+def orders(kind: str, alone: bool) -> tuple[tuple[str, ...], ...]:
+    """Single forms and pairs that can be followed together; kind: "question" or "request"; alone: one object is seen."""
+    names = [n for n, (_, _, about) in FORMS.items() if kind in about and ("several" if alone else "one") not in about]
+    every = [(a,) for a in names]
+    every += [(a, b) for a, b in combinations(names, 2) if FORMS[a][1]["kind"] != FORMS[b][1]["kind"]]
+    return tuple(
+        order for order in every if all(_template(order, kind, count) for count in ((1,) if alone else (2, 4)))
+    )
+
+
+def instructions(order: tuple[str, ...], name: str, colour: str, count: int) -> list[dict[str, Any]]:
+    """The column `instructions` of a row: what :func:`cosmo_fast.rewards.instruction.followed` checks."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fill(entry) for entry in value]
+        if value == "{count}":
+            return count
+        return value.format(name=name, colour=colour) if isinstance(value, str) else value
+
+    return [{key: fill(value) for key, value in FORMS[form][1].items()} for form in order]
+
+
+def text(order: tuple[str, ...], question: str, first: bool) -> str:
+    """The request with its instructions before it or after it."""
+    said = " ".join(FORMS[form][0] for form in order)
+    return f"{said} {question}" if first else f"{question} {said}"
+
+
+def dress(order: tuple[str, ...], kind: str, answer: str, a: str, colour: str, count: int) -> str | None:
+    """The shortest answer of the grammar that follows the instructions; ``a``: the object with its article."""
+    template = _template(order, kind, count)
+    return template and _case(order)(template.format(answer=answer, a=a, colour=colour))
+
+
+def _case(order: tuple[str, ...]) -> Callable[[str], str]:
+    return str.upper if "capital" in order else str.lower if "small" in order else str
+
+
+def undress(answer: str) -> str:
+    """``answer`` to a request without its case and without what may stand around it."""
+    sentences = re.findall(r"[^.]+\.|[^.]+$", answer)
+    if answer in (answer.upper(), answer.lower()):
+        sentences = [sentence.strip().capitalize() for sentence in sentences]
+    around = re.compile("|".join(re.escape(s) for s in AROUND[:5]) + r"|I see (an? )?\w+\.")
+    return " ".join(s for sentence in sentences if not around.fullmatch(s := sentence.strip()))
+
+
+@lru_cache(maxsize=None)
+def _template(order: tuple[str, ...], kind: str, count: int) -> str | None:
+    """The shortest text of the grammar that follows the instructions, None where there is none."""
+    wanted = instructions(order, "objectword", "colourword", count)
+    lines = [(before, after) for n in range(4) for k in range(n + 1) for before, after in _split(n, k)]
+    for before, after in lines:
+        for core in QUESTION if kind == "question" else REQUEST:
+            template = " ".join([*before, core, *after])
+            answer = "\\boxed{answerword}" if kind == "question" else "To do so, use an answerword."
+            said = template.format(answer=answer, a="an objectword", colour="colourword")
+            if all(followed(_case(order)(said), wanted)):
+                return template
+    return None
+
+
+@lru_cache
+def _split(count: int, before: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    return [(order[:before], order[before:]) for order in permutations(AROUND, count)]
