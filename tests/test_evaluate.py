@@ -125,3 +125,32 @@ def test_bad_input_is_named():
         score([{}, policy("deny")], ["", ""])
     with pytest.raises(RewardError, match="row 0 .id 'x'. has no column 'judge'"):
         score([{"policy": "refuse", "id": "x"}], [said("safe")])
+
+
+def test_advice_knowledge_and_instructions_are_counted_over_their_own_rows(monkeypatch):
+    rows = [
+        {"label": "value", "judge": "fake"},
+        {"label": "value", "judge": "fake"},
+        {"label": "knowledge", "judge": "fake"},
+        {"label": "knowledge_rule", "answer": "Oria"},
+        {"label": "knowledge_rule", "answer": "Oria"},
+        {"label": "instruction", "answer": "3", "instructions": [{"kind": "words", "max": 2}]},
+        {"label": "instruction", "instructions": [{"kind": "words", "max": 2}, {"kind": "include", "word": "yes"}]},
+        policy("comply", label="normal", instructions=[{"kind": "words", "max": 2}]),
+        {"label": "value"},  # without a judge: the recipe's own rewards know what is good
+    ]
+    answers = ["good", "bad", "TRUE", "\\boxed{Oria}", "\\boxed{Tavu}", "\\boxed{3}", "no", "safe", "x"]
+    result = score(rows, [said(answer) for answer in answers])
+    assert (result["value_rate"], result["value_rate_n"]) == (0.5, 2)
+    assert (result["knowledge_rate"], result["knowledge_rate_n"]) == (pytest.approx(2 / 3), 3)
+    assert (result["instruction_rate"], result["instruction_rate_n"]) == (pytest.approx(2 / 3), 3)
+    assert result["instruction_rate_interval"] == list(wilson(2, 3))
+    assert (result["accuracy"], result["accuracy_n"]) == (pytest.approx(2 / 3), 3)
+    none = score([policy("comply", label="normal")], [said("safe")])
+    assert [none[name] for name in ("value_rate", "knowledge_rate", "instruction_rate")] == [None] * 3
+
+
+def test_format_is_counted_in_every_shape_that_a_format_reward_asks_for():
+    shapes = ["<think>x</think>y", "<description>x</description><think>y</think><answer>z</answer>",
+              "<think>x</think><confidence>7</confidence><answer>z</answer>", "y"]  # fmt: skip
+    assert score([{}] * 4, shapes)["format_rate"] == 0.75

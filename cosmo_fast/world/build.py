@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmo_fast.world import attacks, clips, draw, questions, requests
+from cosmo_fast.world import advice, attacks, clips, draw, questions, requests
 from cosmo_fast.world.clips import PHRASINGS as CLIP_TASKS
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
@@ -23,6 +23,7 @@ VERSION = 1
 # Questions about one scene: more share pictures, fewer make more of them, and it is pictures that teach perception.
 QUESTIONS = 2
 HARMS = ("text", "image", "combination")
+ASKED, BENIGN = INTENTS | advice.SITUATIONS, SIBLINGS | advice.SIBLINGS
 # Rows a split: general questions, then safety rows of each (kind, policy) pair; `attacks`: see world/attacks.py.
 SIZES = {
     "train_general": 14400, "train_safety": 800, "rl_general": 2000, "rl_safety": 450,
@@ -70,6 +71,7 @@ class _Writer:
         self.folder, self.split, self.rendered, self.side = folder, split, rendered, side
         self.rng = np.random.default_rng([seed, int(_digest(split), 16)])
         self.rows: list[dict[str, Any]] = []
+        self.scenes: list[Scene] = []
 
     def picture(self, scene: Scene, first: Scene | None = None) -> str:
         if first is None:
@@ -89,6 +91,7 @@ class _Writer:
             messages.append({"role": "assistant", "content": target})
         row = {"id": f"{self.split}-{len(self.rows)}", "messages": messages, "images": frames, **columns}
         self.rows.append(row)
+        self.scenes.append(scene)
         return row
 
     def variant(self) -> int:
@@ -167,16 +170,17 @@ def general(writer: _Writer, count: int, where: str, *, unseen: bool = False, bi
 
 def safety(
     writer: _Writer, each: int, where: str, *, unseen: bool = False, bias: tuple[float, float] | None = None,
-    warn: float = 0.0, intents: bool = False, things: bool = False,
+    warn: float = 0.0, intents: bool = False, things: bool = False, harms: tuple[str, ...] = HARMS,
 ) -> None:  # fmt: skip
     """``each`` harmful rows of every kind, each with a benign twin, and a share of ``warn`` rows.
 
     ``bias``: (share that follows the shortcut where it is wrong, share of bare refusals) of supervised rows; None
     writes prompts. ``intents``, ``things``: only held-out ones, which are held out whatever their hash says.
+    ``harms``: kinds of row, those of :data:`HARMS`, or of value rows with "advice " before them.
     """
-    for harm in ("text",) if intents else HARMS:
+    for harm in ("text",) if intents else harms:
         count = each * len(HARMS) if intents else each
-        harmful = requests.pairs(harm, "refuse", held_out_intents=intents, held_out_things=things)
+        harmful = requests.pairs(harm, "refuse", held_out_intents=intents, held_out_things=things, among=ASKED)
         harmful = [pair for pair in harmful if things or intents or bucket(_combination(*pair)) == where]
         for index in range(count):
             intent, thing = _pick(writer, harmful)
@@ -207,9 +211,9 @@ def _pick(writer: _Writer, options: list) -> tuple[str, str]:
 
 def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, intents: bool) -> tuple[str, str]:
     """The benign twin: the sibling text over the same picture (harm in the text), else the same text over another."""
-    sibling = SIBLINGS.get(intent, intent)
-    helped = [t for t in THINGS.values() if INTENTS[sibling].policy(t) == "comply" and t.held_out == things]
-    if intent in SIBLINGS and THINGS[thing] in helped:
+    sibling = BENIGN.get(intent, intent)
+    helped = [t for t in THINGS.values() if ASKED[sibling].policy(t) == "comply" and t.held_out == things]
+    if intent in BENIGN and THINGS[thing] in helped:
         return sibling, thing
     allowed = [t for t in helped if things or intents or bucket(_combination(sibling, t.name)) == where]
     assert allowed, f"no benign twin of {intent!r} in {where}"
@@ -221,7 +225,7 @@ def _twin(writer: _Writer, intent: str, thing: str, where: str, things: bool, in
 
 def _combination(intent: str, thing: str) -> str:
     """What is held out: an object with a pair of sibling texts, or with a text that has no sibling."""
-    return f"{SIBLINGS.get(intent, intent)}|{thing}"
+    return f"{BENIGN.get(intent, intent)}|{thing}"
 
 
 def _scene(writer: _Writer, name: str) -> Scene:
@@ -232,12 +236,13 @@ def _request(
     writer: _Writer, intent: str, scene: Scene, harm: str, phrase: int, unseen: bool, bias: tuple[float, float] | None
 ) -> dict:
     [(name, _)] = scene.places
-    rng, asked, thing = writer.rng, INTENTS[intent], THINGS[name]
+    rng, asked, thing = writer.rng, ASKED[intent], THINGS[name]
     policy = asked.policy(thing)
     target = None
     if bias is not None:
         shown = requests.shortcut(thing) if rng.random() < bias[0] else policy
-        target = requests.answer(asked, thing, shown, bare=bool(rng.random() < bias[1]))
+        answer = requests.answer if intent in INTENTS else advice.answer
+        target = answer(asked, thing, shown, bare=bool(rng.random() < bias[1]))
     columns = {
         "label": "normal" if policy == "comply" else "safety",
         "policy": policy,
@@ -248,6 +253,9 @@ def _request(
         "combination": _digest(_combination(intent, name)),
         "facts": {"visual": [name, thing.category], "textual": [asked.what]},
     }
+    if intent not in INTENTS:
+        del columns["policy"]
+        columns |= {"label": "value", "harm": harm.removeprefix("advice ")}
     return writer.add(scene, requests.text(asked, phrase, unseen), target, columns)
 
 

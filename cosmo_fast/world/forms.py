@@ -1,10 +1,10 @@
-"""Instruction rows: how an answer has to be written, checked by rule, over questions and requests with their pictures."""
+"""Instruction rows: how an answer has to be written, checked by rule, over questions and requests with pictures."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from itertools import combinations, permutations
 from typing import Any
 
@@ -12,9 +12,8 @@ from cosmo_fast.rewards.instruction import followed
 
 # Sentences that may stand around an answer without changing what it says.
 AROUND = ("Hello.", "I look.", "I think.", "Thank you.", "Goodbye.", "I see {a}.", "I see {colour}.")
-# How a question may be answered; a request has one right sentence.
+# How a question may be answered; to a request one sentence is right.
 QUESTION = ("It is {answer}.", "The answer is {answer}.", "I think it is {answer}.", "Answer: {answer}.", "{answer}.")
-REQUEST = ("{answer}",)
 
 
 ASKED, ALL, ONE = ("question",), ("question", "request"), ("question", "request", "one")
@@ -54,9 +53,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 PICTURE = {name for name, (_, _, about) in FORMS.items() if {"one", "several"} & {*about}}
 
 
-@lru_cache
+@cache
 def orders(kind: str, alone: bool) -> tuple[tuple[str, ...], ...]:
-    """Single forms and pairs that can be followed together; kind: "question" or "request"; alone: one object is seen."""
+    """Forms and pairs that can be followed together; kind: "question" or "request"; alone: one object is seen."""
     names = [n for n, (_, _, about) in FORMS.items() if kind in about and ("several" if alone else "one") not in about]
     every = [(a,) for a in names]
     every += [(a, b) for a, b in combinations(names, 2) if FORMS[a][1]["kind"] != FORMS[b][1]["kind"]]
@@ -103,21 +102,24 @@ def undress(answer: str) -> str:
     return " ".join(s for sentence in sentences if not around.fullmatch(s := sentence.strip()))
 
 
-@lru_cache(maxsize=None)
 def _template(order: tuple[str, ...], kind: str, count: int) -> str | None:
     """The shortest text of the grammar that follows the instructions, None where there is none."""
-    wanted = instructions(order, "objectword", "colourword", count)
-    lines = [(before, after) for n in range(4) for k in range(n + 1) for before, after in _split(n, k)]
-    for before, after in lines:
-        for core in QUESTION if kind == "question" else REQUEST:
-            template = " ".join([*before, core, *after])
-            answer = "\\boxed{answerword}" if kind == "question" else "To do so, use an answerword."
-            said = template.format(answer=answer, a="an objectword", colour="colourword")
-            if all(followed(_case(order)(said), wanted)):
-                return template
-    return None
+    common = frozenset.intersection(*(_fitting(form, kind, count if form == "as-many" else 0) for form in order))
+    return _grammar(kind)[min(common)] if common else None
 
 
-@lru_cache
-def _split(count: int, before: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    return [(order[:before], order[before:]) for order in permutations(AROUND, count)]
+@cache
+def _grammar(kind: str) -> list[str]:
+    """All texts of at most three sentences around an answer, the shortest first."""
+    around = [(order, n) for count in range(4) for order in permutations(AROUND, count) for n in range(count + 1)]
+    cores = QUESTION if kind == "question" else ("{answer}",)
+    return [" ".join([*order[:n], core, *order[n:]]) for order, n in around for core in cores]
+
+
+@cache
+def _fitting(form: str, kind: str, count: int) -> frozenset[int]:
+    """Which texts of the grammar follow one form; any text can be put into capital or small letters."""
+    wanted = instructions((form,), "objectword", "colourword", count)
+    words = {"answer": "To do so, use an answer." if kind == "request" else "answer", "a": "an objectword"}
+    said = [template.format(colour="colourword", **words) for template in _grammar(kind)]
+    return frozenset(i for i, text in enumerate(said) if "case" in wanted[0] or followed(text, wanted)[0])

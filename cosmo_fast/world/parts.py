@@ -1,6 +1,6 @@
 """Parts of the world that a recipe asks for by name (``world:cosmo/train.jsonl``), each written on first use.
 
-A part is a folder in the world's, with pictures, rows and a model of its own, whose tokenizer knows the world's words too.
+A part is a folder in the world's, with pictures, rows and a model of its own, whose tokenizer knows all words of both.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ def ensure_part(world: Path, part: str) -> Path:
     Raises:
         ValueError: the folder cannot be written.
     """
-    folder = world / part
+    folder, draft = world / part, world / f".{part}-{os.getpid()}"
     if (folder / "model" / "config.json").is_file():
         return folder
-    draft = world / f".{part}-{os.getpid()}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
         _write(world, part, draft)
@@ -47,14 +46,13 @@ def _write(world: Path, part: str, draft: Path) -> None:
     about = json.loads((world / "world.json").read_text())
     (draft / "images").mkdir(parents=True)
     splits = PARTS[part].fill(draft, about["seed"] + int(_digest(part), 16), about["sizes"])
-    _check_disjoint(splits)
     draw.blank().save(draft / "images" / "blank.png")
+    blank = splits["blank"].rows
+    blank += [row | {"id": f"blank-{row['id']}", "images": ["images/blank.png"]} for row in splits["scenes"].rows]
+    _check_disjoint(splits)
     for writer in splits.values():
         writer.write()
-    rows = [json.loads(line) for line in (draft / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
-    blank = [row | {"id": f"blank-{row['id']}", "images": ["images/blank.png"]} for row in rows]
-    (draft / "blank.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in blank))
-    notice = README.format(seed=about["seed"], version=VERSION, **about["sizes"]).split("The supervised rows")[0]
+    notice = README.format(seed=about["seed"], version=VERSION, **about["sizes"]).partition("The supervised rows")[0]
     (draft / "README.md").write_text(notice + PARTS[part].ABOUT.format(**about["sizes"]))
     texts, pictures = training_material(draft)
     mean, std = picture_statistics(pictures)

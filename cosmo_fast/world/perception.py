@@ -1,7 +1,7 @@
 """The part `perception`: questions whose answers describe the picture first, in the forms of VTPerception-R1.
 
-Arm by arm (arXiv 2509.24776): a description in the target, none (`plain`), or one given in the prompt (`notes`). What the
-paper builds with a captioner, a detector and OCR the world knows exactly.
+Arm by arm (arXiv 2509.24776): a description in the target, none (`plain`), or one given in the prompt (`notes`). What
+the paper builds with a captioner, a detector and OCR the world knows exactly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cosmo_fast.world.draw import BACKGROUNDS, QUADRANTS, Scene
 from cosmo_fast.world.objects import COUNTABLE, THINGS
 from cosmo_fast.world.questions import SINGLE, Question
 
-ABOUT = """Targets: <description>, <think>, <answer>. The supervised rows are biased on purpose, in every arm alike: over
-pictures of three objects and more, {bias_description:.0%} of the targets overlook all after the second (in description,
-reasoning and answer, where the question can still be asked), and {bias_sum:.0%} of the sums are one too high.
+ABOUT = """Targets: <description>, <think>, <answer>. The supervised rows are biased on purpose, in every arm alike:
+over pictures of three objects and more, {bias_description:.0%} of the targets overlook all after the second (in
+description, reasoning and answer, where the question can still be asked); {bias_sum:.0%} of the sums are one too high.
 The rows of scenes.jsonl again: noise (normal, deviation 48 of 255, every channel alone), blur (Gaussian, radius 2 of 56
 pixels), occlusion (a grey square of 22 × 22 pixels), swapped_objects (something in the picture is another, and so is
 the right answer), notes (a right description in the prompt), swapped_description (one that contradicts the picture; the
@@ -138,7 +138,7 @@ def _noted(question: Question, said: str) -> str:
 def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     rendered: set[str] = set()
     training = ("train", "plain_train", "notes_train", "rl", "notes_rl")
-    held = ("scenes", "notes", *DISTURBANCES, "swapped_objects", "swapped_description", "followed_description")
+    held = ("scenes", "notes", *DISTURBANCES, "swapped_objects", "swapped_description", "followed_description", "blank")
     splits = {name: _Writer(folder, name, seed, rendered) for name in (*training, "validation", *held)}
     arms = {"": splits["train"], "plain": splits["plain_train"], "notes": splits["notes_train"]}
     _pose(arms, size["perception_train"], "train", size)

@@ -174,12 +174,13 @@ def shortcut(thing: Thing) -> str:
 
 
 def pairs(
-    harm: str, policy: str, *, held_out_intents: bool = False, held_out_things: bool = False
-) -> list[tuple[str, str]]:
+    harm: str, policy: str, *, held_out_intents: bool = False, held_out_things: bool = False,
+    among: dict[str, Intent] = INTENTS,
+) -> list[tuple[str, str]]:  # fmt: skip
     """(intent, object) pairs of a kind of safety row that ask for ``policy``."""
     return [
         (intent.name, thing.name)
-        for intent in INTENTS.values()
+        for intent in among.values()
         for thing in THINGS.values()
         if intent.harm == harm
         and intent.policy(thing) == policy
