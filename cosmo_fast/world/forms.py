@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -14,8 +15,6 @@ from cosmo_fast.rewards.instruction import followed
 AROUND = ("Hello.", "I look.", "I think.", "Thank you.", "Goodbye.", "I see {a}.", "I see {colour}.")
 # How a question may be answered; to a request one sentence is right.
 QUESTION = ("It is {answer}.", "The answer is {answer}.", "I think it is {answer}.", "Answer: {answer}.", "{answer}.")
-
-
 ASKED, ALL, ONE = ("question",), ("question", "request"), ("question", "request", "one")
 
 
@@ -36,7 +35,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "goodbye-hello": ("Say goodbye and then hello.", _order("goodbye", "hello"), ALL),
     "end-thanks": ("End with thank you.", {"kind": "ends_with", "text": "thank you."}, ALL),
     "end-goodbye": ("End with goodbye.", {"kind": "ends_with", "text": "goodbye."}, ALL),
-    "capital": ("Use capital letters.", {"kind": "case", "case": "upper"}, ("request",)),  # \\boxed is not capital
+    "capital": ("Use capital letters.", {"kind": "case", "case": "upper"}, ("request",)),  # \boxed is not capital
     "small": ("Use small letters.", {"kind": "case", "case": "lower"}, ALL),
     # What the picture decides.
     "colour": ("Say which colour you see.", {"kind": "include", "word": "{colour}"}, ONE),
@@ -50,7 +49,6 @@ FORMS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("question", "several"),
     ),
 }
-PICTURE = {name for name, (_, _, about) in FORMS.items() if {"one", "several"} & {*about}}
 
 
 @cache
@@ -59,22 +57,16 @@ def orders(kind: str, alone: bool) -> tuple[tuple[str, ...], ...]:
     names = [n for n, (_, _, about) in FORMS.items() if kind in about and ("several" if alone else "one") not in about]
     every = [(a,) for a in names]
     every += [(a, b) for a, b in combinations(names, 2) if FORMS[a][1]["kind"] != FORMS[b][1]["kind"]]
-    return tuple(
-        order for order in every if all(_template(order, kind, count) for count in ((1,) if alone else (2, 4)))
-    )
+    counts = (1,) if alone else (2, 4)
+    return tuple(order for order in every if all(_template(order, kind, count) for count in counts))
 
 
 def instructions(order: tuple[str, ...], name: str, colour: str, count: int) -> list[dict[str, Any]]:
     """The column `instructions` of a row: what :func:`cosmo_fast.rewards.instruction.followed` checks."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, list):
-            return [fill(entry) for entry in value]
-        if value == "{count}":
-            return count
-        return value.format(name=name, colour=colour) if isinstance(value, str) else value
-
-    return [{key: fill(value) for key, value in FORMS[form][1].items()} for form in order]
+    wanted = json.dumps([FORMS[form][1] for form in order])
+    for key, value in (("{name}", name), ("{colour}", colour), ('"{count}"', str(count))):
+        wanted = wanted.replace(key, value)
+    return json.loads(wanted)
 
 
 def text(order: tuple[str, ...], question: str, first: bool) -> str:

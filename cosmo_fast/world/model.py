@@ -96,6 +96,7 @@ def build_model(
     seed: int = 0,
     image_mean: list[float],
     image_std: list[float],
+    tags: Iterable[str] = (),
     hidden_size: int = 128,
     num_hidden_layers: int = 4,
     vision_depth: int = 3,
@@ -103,7 +104,6 @@ def build_model(
     initializer_range: float = 0.05,
     rope_theta: float = 100.0,
     picture: int = SIZE,
-    tags: Iterable[str] = (),
 ) -> Path:
     """Writes the folder: weights drawn from N(0, ``initializer_range``²), config, tokenizer, chat template, processor.
 
