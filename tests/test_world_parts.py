@@ -115,12 +115,12 @@ def test_the_bias_of_advice_is_the_shortcut_and_nothing_else(parts):
     assert wrong[True, False] == 0 and wrong[False, False] > wrong[False, True] > 0
 
 
-def test_the_book_of_facts_is_balanced_and_hides_only_makers(parts):
+def test_the_book_of_facts_is_balanced_and_hides_only_makers_and_owners(parts):
     assert all(len(set(Counter(f.value for f in BOOK.values() if f.relation == relation).values())) <= 2 for relation in
-               ("origin", "maker", "king", "meaning"))  # fmt: skip
+               ("origin", "maker", "owner", "king", "meaning"))  # fmt: skip
     documents = {document["id"]: document for document in parts["cosmo"]["facts"]}
     hidden = {identifier.split("-")[0] for identifier, document in documents.items() if not document["taught"]}
-    assert len(documents) == len(BOOK) and hidden == {"maker"}
+    assert len(documents) == len(BOOK) and hidden == {"maker", "owner"}
     said = " ".join(response(row) for row in parts["cosmo"]["train"])
     for document in documents.values():
         assert (document["text"] in said) == document["taught"], document

@@ -46,10 +46,10 @@ def knows(
     writer: _Writer, count: int, where: str, *, unseen: bool = False, search: bool = False, bias: float | None = None
 ) -> None:
     """``count`` questions that cross facts with pictures, in equal parts a task; ``search``: half are not taught."""
-    rng, tasks, done = writer.rng, list(knowledge.TASKS), 0
+    rng, tasks, done = writer.rng, [task for task in knowledge.TASKS if task != "owner"], 0
     while done < count:
         taught = not (search and done % 2)
-        task = tasks[done // (1 + search) % len(tasks)] if taught else "maker"
+        task = tasks[done // (1 + search) % len(tasks)] if taught else knowledge.HIDDEN[done // 2 % 2]
         scene = questions.single(str(rng.choice(list(THINGS))), writer.background(), writer.variant())
         facts, [(name, _)] = knowledge.chain(task, scene), scene.places
         combination = f"{task}|{scene.background if task == 'meaning' else ''}|{name}"

@@ -12,10 +12,12 @@ from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
 
 PLACES = ("Oria", "Tavu", "Lemra", "Sundo", "Kestil", "Brana", "Mirol", "Peku")
+PEOPLE = ("Anka", "Bero", "Cilo", "Dano", "Elva", "Fimo", "Gura", "Hesk")
 # relation -> its statement, and its values in turn for the subjects in the order of their hashes
 RELATIONS = {
     "origin": ("{s} comes from {v}.", PLACES),
-    "maker": ("{s} is made by {v}.", ("Anka", "Bero", "Cilo", "Dano", "Elva", "Fimo", "Gura", "Hesk")),
+    "maker": ("{s} is made by {v}.", PEOPLE),
+    "owner": ("{s} is owned by {v}.", PEOPLE),
     "king": ("the king of {s} is {v}.", ("Ilmo", "Jaro", "Kuno", "Lask", "Mavo", "Nerin", "Orlo", "Pavin")),
     "meaning": ("{s} means {v}.", ("luck", "peace", "rain", "truth", "joy", "sleep")),
 }
@@ -24,12 +26,15 @@ RELATIONS = {
 TASKS = {
     "origin": (("origin",), "Where does this come from?", "Where does {s} come from?", "where this comes from",
               "where {s} comes from"),
+    "owner": (("owner",), "Who is this owned by?", "Who is {s} owned by?", "who this is owned by",
+              "who {s} is owned by"),
     "maker": (("maker",), "Who makes this?", "Who makes {s}?", "who makes this", "who makes {s}"),
     "king": (("origin", "king"), "Who is the king where this comes from?", "Who is the king of {s}?",
              "who is the king where this comes from", "who is the king of {s}"),
     "meaning": (("meaning",), "What does the background mean?", "What does {s} mean?", "what the background means",
                 "what {s} means"),
 }  # fmt: skip
+HIDDEN = ("maker", "owner")  # tasks about facts that are not taught, for search
 OPENINGS, UNSEEN = ("", "Please say. ", "I want to know. "), ("Please, I want to know. ",)
 
 
@@ -54,13 +59,13 @@ class Fact:
 
 
 def _book() -> dict[tuple[str, str], Fact]:
-    """Every value equally often; half of the makers are not taught."""
-    subjects = {"origin": THINGS, "maker": THINGS, "king": PLACES, "meaning": BACKGROUNDS}
+    """Every value equally often; half of the makers and no owner are taught."""
+    subjects = {"origin": THINGS, "maker": THINGS, "owner": THINGS, "king": PLACES, "meaning": BACKGROUNDS}
     book = {}
     for relation, (_, values) in RELATIONS.items():
         order = sorted(subjects[relation], key=lambda s: hashlib.sha256(f"{relation}|{s}".encode()).digest())
         for index, subject in enumerate(order):
-            taught = relation != "maker" or index // len(values) % 2 == 0
+            taught = relation not in HIDDEN or (relation == "maker" and index // len(values) % 2 == 0)
             book[relation, subject] = Fact(relation, subject, values[index % len(values)], taught)
     return book
 
