@@ -124,15 +124,6 @@ def record(folder: Path, names: list[str]) -> None:
     ckpt.replace_text(folder / MARKER, json.dumps(names) + "\n")
 
 
-def stage_ends(config: Config) -> list[int]:
-    """Optimiser steps of the run after each stage."""
-    ends, total = [], 0
-    for stage in config.stages:
-        total += stage.max_steps
-        ends.append(total)
-    return ends
-
-
 def check_save_steps(config: Config, ranks: Ranks) -> None:
     """Refuses checkpoints in places where the state cannot be saved.
 
@@ -145,6 +136,12 @@ def check_save_steps(config: Config, ranks: Ranks) -> None:
             "leave save_steps out, the end of every stage is saved"
         )
     for stage in config.stages:
+        inside = stage.metric_for_best_model or stage.reference_refresh_steps
+        if inside and ranks.deepspeed is not None:
+            raise ConfigError(
+                f"stage {stage.name!r}: metric_for_best_model and reference_refresh_steps keep checkpoints "
+                "inside a stage, which deepspeed does not support yet; leave them out"
+            )
         if config.save_steps and stage.kind == "rl" and config.save_steps % stage.updates_per_rollout:
             raise ConfigError(
                 f"save_steps={config.save_steps} is not a multiple of the {stage.updates_per_rollout} optimiser "

@@ -68,7 +68,7 @@ def peak_bytes(trainer, stage) -> int:
     else:
         longest = [[0] * trainer.config.max_completion_length] * stage.num_generations
         prompts, sizes, count = rows, [GroupSize.of(p, longest) for p in rows], count // stage.num_generations
-    trainer.policy.freeze_vision_tower(stage.freeze_vision_tower)
+    trainer.policy.freeze(stage.frozen)
     cost = calibrate(trainer.policy, trainer.vision, prompts)
     largest = sorted(sizes, key=lambda size: (size.tokens, size.vision), reverse=True)
     largest = (largest * -(-count // len(largest)))[:count]
@@ -77,7 +77,7 @@ def peak_bytes(trainer, stage) -> int:
     if (
         stage.kind == "rl" and stage.beta and trainer.policy.adapter is None
     ):  # a second model, its tower shared if frozen
-        tower = {id(p) for p in trainer.policy.vision_parameters} if stage.freeze_vision_tower else set()
+        tower = {id(p) for p in trainer.policy.vision_parameters} if trainer.policy.vision_frozen else set()
         peak += sum(p.nbytes for p in trainer.policy.model.parameters() if id(p) not in tower)
     return peak
 

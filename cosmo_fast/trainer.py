@@ -7,7 +7,9 @@ import json
 import math
 import os
 import time
+from dataclasses import asdict
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from cosmo_fast import checkpoint as ckpt
 from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
+from cosmo_fast.config.rules import Schedule, at
 from cosmo_fast.data import Row
 from cosmo_fast.data.check import at as _at
 from cosmo_fast.data.check import check_rewards
@@ -24,8 +27,9 @@ from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.data.sources import load_stages, read, world_resolver
 from cosmo_fast.distributed import Ranks, Update
 from cosmo_fast.doctor import environment
-from cosmo_fast.evaluate import score
+from cosmo_fast.evaluate import rates, score
 from cosmo_fast.evaluate.run import evaluate
+from cosmo_fast.kept_weights import KeptWeights
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
@@ -38,6 +42,7 @@ from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
+from cosmo_fast.stages.state import StageState, check_metrics
 
 
 class Trainer:
@@ -76,10 +81,8 @@ class Trainer:
                     "batch sizes are per device, so this would be another run"
                 )
         run_folder.check_save_steps(config, self.ranks)
-        inputs = [p for s in config.stages for p in s.datasets] + [
-            *config.eval.datasets.values(),
-            config.model_name_or_path,
-        ]
+        files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
+        inputs = [*map(config.data_path, files), config.model_name_or_path]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
@@ -87,7 +90,8 @@ class Trainer:
         resolve = world_resolver(config, self.ranks)
         self.rows = load_stages(config, train_dataset or {}, resolve)
         self.eval_rows = {
-            name: read(config, resolve(path), limit=config.eval.limit) for name, path in config.eval.datasets.items()
+            name: read(config, resolve(config.data_path(path)), limit=config.eval.limit)
+            for name, path in config.eval.datasets.items()
         }
         options = {"device": config.device, "trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
         self.load = partial(load_policy, **options)
@@ -96,6 +100,7 @@ class Trainer:
         _prepare(self.policy, config)
         if config.lora_r and self.resume:
             self.policy.adapter.load(self.resume)
+        self.kept = KeptWeights(self.policy, self.load, self.start, self.output_dir, self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
         self.encoder = Encoder(
             self.policy,
@@ -104,18 +109,28 @@ class Trainer:
             vision_prune=config.vision_prune,
         )
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
-        for rows in self.eval_rows.values():
+        measured: dict[str, float] = {}
+        for name, rows in self.eval_rows.items():
             prompts = [self.encoder.prompt(row) for row in rows]
             params = SamplingParams(config.max_completion_length, temperature=0)
             own_sampler(config, self.policy, self.vision).store_rows(prompts, params, 1)
-            score([row.columns for row in rows], [""] * len(rows))  # raises where a row cannot be judged
+            measured |= rates(name, score([row.columns for row in rows], [""] * len(rows)))  # or a row cannot be judged
+        for stage in config.stages:
+            _at(f"stage {stage.name!r}", self.policy.freeze, stage.frozen)
+            check_metrics(stage, measured, getattr(self.reward_mixes.get(stage.name), "functions", ()))
 
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
+        recipe = stage.reward_recipe and {
+            label: {name: at(weight, 0, stage.max_steps) for name, weight in weights.items()}
+            for label, weights in stage.reward_recipe.items()
+        }
+        shape = stage.format_weight  # a schedule may begin or end at 0
+        shape = max(shape.start, shape.to) if isinstance(shape, Schedule) else shape
         mix = RewardMix(
-            stage.reward_recipe,
-            format_weight=stage.format_weight,
+            recipe,
+            format_weight=shape,
             rewards=own,
             options=stage.reward_options,
             max_completion_length=self.config.max_completion_length,
@@ -163,6 +178,9 @@ class Trainer:
             run_folder.prepare(self.output_dir, config, state["global_step"] if self.resume else None)
         self.summary = {"seed": config.seed, "stages": state["summary"], "environment": environment()}
         self.global_step = state["global_step"]
+        ended = list(accumulate(stage.max_steps for stage in config.stages[: state["stage_index"]]))
+        self.ends = state.get("ends", ended)  # global steps at which stages ended; an earlier version knew no others
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         self.sees: float | None = None
         with contextlib.ExitStack() as stack:
             stream, metrics, resume_step = None, self.output_dir / "metrics.jsonl", None
@@ -187,77 +205,81 @@ class Trainer:
         self.console.table(self.summary)
         self.console.note(f"run folder: {self.output_dir}")
 
-    def _run_stage(self, index: int, state: dict[str, Any]) -> None:
-        config, stage = self.config, self.config.stages[index]
+    def _run_stage(self, index: int, saved: dict[str, Any]) -> None:
+        config, stage, begin = self.config, self.config.stages[index], saved["step"]
         seed = step_seed(config.seed, index)
-        self.policy.freeze_vision_tower(stage.freeze_vision_tower)
+        self.policy.freeze(stage.frozen)
         self.vision.forget()
-        context = Context(config, stage, self.policy, self.vision, seed, self.ranks)
-        mixture = Mixture(self.data[stage.name], seed)
+        state = StageState(**saved["stage"]) if begin and "stage" in saved else self._fresh(index, saved)
+        context = Context(
+            config, stage, self.policy, self.vision, seed, self.ranks, state=state, note=self.console.note
+        )
+        column = stage.curriculum and stage.curriculum.column
+        mixture = Mixture(self.data[stage.name], seed, column and (lambda row: _columns(row)[column]))
         extra: dict[str, Any] = {}
         if stage.kind == "rl":
             extra["reward_mix"] = self.reward_mixes[stage.name]
             if stage.beta:
-                extra["reference"] = self._reference(index, state["step"])
+                extra["reference"] = self.kept.reference(stage, begin, state)
         runner = STAGES[stage.kind](context, mixture, **extra)
         optimizer = _optimizer(self.policy, stage, keep_masters=self.ranks.deepspeed is None)
-        if state["step"]:
-            mixture.taken.update(state["taken"])
-            if state["step"] < stage.max_steps:
+        if begin:
+            mixture.taken.update(state.taken)
+            mixture.skipped.update(state.skipped)
+            if begin < stage.max_steps:
                 ckpt.load_optimizer(self.resume, optimizer)
         if self.sees is None and (alive := vision_alive(context, runner, self.data[stage.name])) is not None:
             self.sees = alive
             self.console.note(f"vision/alive {alive:.3g}: nats a token by which blank pictures change the log-probs")
         update = self.ranks.update(self.policy, optimizer, stage.max_grad_norm)
         context.backward = update.backward
-        started = time.perf_counter() - state.get("seconds", 0.0)
-        for step in range(state["step"], stage.max_steps):
-            self._step(index, step, runner, update)
-            done = step + 1
-            save = done == stage.max_steps or (config.save_steps and done % config.save_steps == 0)
-            if save and self.ranks.first:
-                position = {"stage_index": index, "step": done, "taken": mixture.taken}
+        started, folder = time.perf_counter() - saved.get("seconds", 0.0), self.resume
+        for step in range(begin, stage.max_steps):
+            save = self._step(index, step, runner, update, state)
+            done, every = step + 1, stage.reference_refresh_steps
+            restore = done % stage.updates_per_rollout == 0 and state.verdict(stage)
+            ended = done == stage.max_steps or state.ended is not None
+            if every and done % every == 0 and not ended:
+                runner.refresh_reference()
+                state.reference, save = self.global_step, True
+            if ended:
+                self.ends = [*self.ends[:index], self.global_step]
+                if state.best and (restore or stage.load_best_model_at_end):
+                    self.console.note(self.kept.restore(*state.best))
+                    self.evaluated = (-1, {})
+            if (save or ended or (config.save_steps and done % config.save_steps == 0)) and self.ranks.first:
+                position = {"stage_index": index, "step": stage.max_steps if ended else done, "stage": asdict(state)}
                 moments = optimizer if self.ranks.deepspeed is None else None
-                folder = self._save(moments, position | {"seconds": time.perf_counter() - started})
+                folder = self._save(moments, position | {"seconds": time.perf_counter() - started}, state)
+            if ended:
+                break
         update.close()
-        if not self.ranks.first:
-            self.ranks.wait()
-            return
-        # The stage is on disk before it is evaluated: a fault in the evaluation costs the evaluation.
-        folder = folder if state["step"] < stage.max_steps else self.resume
-        seconds = ckpt.load_state(folder)["seconds"]
-        self.summary["stages"].append({"name": stage.name, "seconds": seconds, "splits": self._evaluate(stage)})
-        position = {"stage_index": index + 1, "step": 0, "taken": {}}
-        ckpt.replace_text(folder / ckpt.STATE, json.dumps(self._state(position), indent=1))
+        if self.ranks.first:
+            self._close(index, state, folder)
         self.ranks.wait()
 
-    def _reference(self, index: int, step: int) -> Policy | None:
-        """The policy that stage ``index`` began with, None where the stage can copy it; an adapter keeps its own."""
-        began, adapter = self._began_with(index) if step else None, self.policy.adapter
-        if adapter is not None:
-            fresh = began == self.start
-            adapter.keep_reference({} if fresh else adapter.read(began) if step else adapter.state())
-            return None
-        if not step:
-            return None
-        reference = self.load(began)
-        reference.model.requires_grad_(False)
-        return reference
+    def _close(self, index: int, state: StageState, folder: Path) -> None:
+        """The stage is on disk before it is evaluated: a fault in the evaluation costs the evaluation."""
+        stage, (step, splits) = self.config.stages[index], self.evaluated
+        splits = splits if step == self.global_step else self._evaluate(stage)
+        about = {"name": stage.name, "seconds": ckpt.load_state(folder)["seconds"], "splits": splits}
+        about |= {name: value for name in ("ended", "best") if (value := getattr(state, name)) is not None}
+        self.summary["stages"].append(about)
+        if state.ended:
+            self.console.note(f"{stage.name} ended by {state.ended}")
+        ckpt.replace_text(folder / ckpt.STATE, json.dumps(self._state({"stage_index": index + 1, "step": 0}), indent=1))
 
-    def _began_with(self, index: int) -> Path | str:
-        """The weights that stage ``index`` began with: the end of the stage before, beside what is resumed from."""
-        before = sum(stage.max_steps for stage in self.config.stages[:index])
-        if not before:
-            return self.start
-        folder = self.resume.parent / f"checkpoint-{before}"
-        if not (folder / ckpt.STATE).is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint={str(self.resume)!r} needs {folder.name} beside it: beta is set, and the "
-                "reference is the policy at the start of the stage"
-            )
-        return folder
+    def _fresh(self, index: int, saved: dict[str, Any]) -> StageState:
+        """The state of a stage's first step, or of a checkpoint of an earlier version."""
+        stage, names = self.config.stages[index], [stage.name for stage in self.config.stages]
+        state = StageState.of(stage)
+        state.taken = saved.get("taken", {})
+        before = names.index(stage.reference[6:]) if stage.reference.startswith("stage:") else index - 1
+        state.reference = self.ends[before] if before >= 0 else 0
+        return state
 
-    def _step(self, index: int, step: int, runner, update: Update) -> None:
+    def _step(self, index: int, step: int, runner, update: Update, state: StageState) -> bool:
+        """One optimiser step; whether an evaluation after it is the best so far."""
         stage = self.config.stages[index]
         started = time.perf_counter()
         rate = learning_rate(stage, step)
@@ -288,11 +310,17 @@ class Trainer:
             "step_time": seconds,
             "perf/tokens_per_s": tokens / seconds,
         }
+        if stage.eval_steps and (step + 1) % stage.eval_steps == 0:
+            splits = self._evaluate(stage) if self.ranks.first else {}
+            self.evaluated = (self.global_step, self.ranks.gather(splits)[0])
+            for name, result in self.evaluated[1].items():
+                row |= rates(name, result)
         self.log.write(row)
         self.console.update(row)
         shown = runner.samples() if self.ranks.first and (step + 1) % self.config.logging_steps == 0 else []
         if shown:
             report.write_samples(self.output_dir / "samples", self.global_step, shown)
+        return state.note(stage, row, self.global_step)
 
     def _evaluate(self, stage: StageConfig) -> dict[str, Any]:
         splits = {}
@@ -312,15 +340,21 @@ class Trainer:
 
     def _state(self, position: dict[str, Any]) -> dict[str, Any]:
         done = {"global_step": self.global_step, "summary": self.summary["stages"], "config": self.config.resolved()}
-        done["ranks"] = self.ranks.world
+        done |= {"ranks": self.ranks.world, "ends": self.ends}
         return position | done
 
-    def _save(self, optimizer: AdamW | None, position: dict[str, Any]) -> Path:
+    def _save(self, optimizer: AdamW | None, position: dict[str, Any], state: StageState) -> Path:
         folder = self.output_dir / f"checkpoint-{self.global_step}"
         ckpt.save_checkpoint(folder, self.policy, optimizer, self._state(position))
-        ends = {self.output_dir / f"checkpoint-{n}" for n in run_folder.stage_ends(self.config)}
-        ckpt.prune(self.output_dir, self.config.save_total_limit, ends)
+        needed = {*self.ends, state.reference, *([state.best[1]] if state.best else [])}
+        kept = {self.output_dir / f"checkpoint-{step}" for step in needed}
+        ckpt.prune(self.output_dir, self.config.save_total_limit, kept)
         return folder
+
+
+def _columns(row) -> dict[str, Any]:
+    """Of an encoded row: a prompt, or a prompt and its answer."""
+    return (row[0] if isinstance(row, tuple) else row).columns
 
 
 def _optimizer(policy: Policy, stage: StageConfig, keep_masters: bool) -> AdamW:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cosmo_fast.config.stage import ConfigError, StageConfig, Strict
+from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict
+from cosmo_fast.config.stage import ConfigError, StageConfig
 from cosmo_fast.pruning import VisionPrune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -21,7 +22,8 @@ ALIASES = {
     "lr": "learning_rate", "total_steps": "max_steps", "torch_dtype": "dtype", "lora_rank": "lora_r",
     "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
     "num_train_epochs": "max_steps", "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta",
-    "bf16": "dtype", "rollout.n": "num_generations",
+    "bf16": "dtype", "rollout.n": "num_generations", "filter_groups": "dynamic_sample",
+    "max_num_gen_batches": "max_resample_times", "online_filtering": "dynamic_sample",
 }  # fmt: skip
 
 
@@ -58,6 +60,7 @@ class Config(Strict):
     lora_dropout: float = 0.0
     lora_target_modules: str | list[str] | None = None  # default: all linear layers of the language model
     device: str = "auto"
+    data_dir: str | None = None  # where relative paths of rows begin: a folder, or world: for the embedded world
     image_root: str | None = None
     max_image_pixels: int = Field(default=4096 * 4096, gt=0)
     max_prompt_length: int | None = Field(default=None, gt=0)
@@ -95,15 +98,27 @@ class Config(Strict):
                     f"stage {stage.name!r}: num_generations={stage.num_generations} is over "
                     f"sampling_batch_size={self.sampling_batch_size}; raise the latter"
                 )
+            if stage.eval_steps and not self.eval.datasets:
+                raise ValueError(f"stage {stage.name!r}: eval_steps={stage.eval_steps}, but eval names no datasets")
         names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            known = ["start", "none", *(f"stage:{name}" for name in names[:index])]
+            if stage.reference not in known:
+                raise ValueError(f"stage {stage.name!r}: reference={stage.reference!r} is none of {', '.join(known)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages: the name(s) {twice} stand twice; results are filed by name")
         return self
 
+    def data_path(self, name: str) -> str:
+        """A file of rows, beneath ``data_dir`` unless it is absolute or of the embedded world."""
+        if self.data_dir is None or name.startswith("world:") or Path(name).is_absolute():
+            return name
+        return f"{self.data_dir.rstrip('/')}{'' if self.data_dir.endswith(':') else '/'}{name}"
+
     def resolved(self) -> dict[str, Any]:
         """All settings, defaults included, as a recipe that makes the same run."""
-        return self.model_dump() | {"stages": [stage.resolved() for stage in self.stages]}
+        return self.model_dump(by_alias=True) | {"stages": [stage.resolved() for stage in self.stages]}
 
 
 def load_config(recipe: str, overrides: list[str] | None = None) -> Config:
@@ -148,7 +163,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key} needs a value")
             text = rest.pop(0)
         try:
-            value = yaml.safe_load(text)
+            value = text if text.endswith(":") else yaml.safe_load(text)  # world: is no mapping
         except yaml.YAMLError:
             value = text
         if isinstance(value, str):
@@ -188,8 +203,9 @@ def _explain(error: dict, raw: dict) -> str:
         if isinstance(node, list) and isinstance(part, int):
             child = node[part]
             part = child.get("name", part) if isinstance(child, dict) else part
-        node = child
-        place.append(str(part))
+        node = node if child is None and part in ("number", "schedule") else child  # tags of a Weight
+        if node is child:
+            place.append(str(part))
     where = ".".join(place) or "recipe"
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"])
@@ -203,5 +219,8 @@ def _explain(error: dict, raw: dict) -> str:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig, "vision_prune": VisionPrune}
-    return sorted(by_parent.get(location[0] if len(location) > 1 else "", Config).model_fields)
+    by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig, "curriculum": Curriculum}
+    by_parent |= {"stop": StopRule, "stop_loss": StopLoss, "constraints": Constraint, "schedule": Schedule}
+    by_parent |= {"vision_prune": VisionPrune}
+    model = next((by_parent[part] for part in reversed(location[:-1]) if part in by_parent), Config)
+    return sorted(field.alias or name for name, field in model.model_fields.items())

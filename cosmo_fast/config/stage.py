@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict, Weight
 
 LossType = Literal[
     "reinforce", "rloo", "reinforce_pp", "grpo", "dr_grpo", "bnpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "luspo",
@@ -29,10 +31,6 @@ class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or does not fit another; the message names it and its value."""
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
 class StageConfig(Strict):
     """One stage. Names and meanings are TRL's; a field of the other kind of stage is an error when it is set."""
 
@@ -52,6 +50,15 @@ class StageConfig(Strict):
     freeze_vision_tower: bool = False
     row_tolerance: float = Field(default=0.0, ge=0, lt=1)  # share of the gradient's mass that the head may leave out
     row_tolerance_unbiased: bool = False  # keep such rows by chance instead: right in expectation
+    freeze: list[str] = Field(default_factory=list)  # parts, or expressions: see Policy.freeze
+    label_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # shares of what is drawn
+    curriculum: Curriculum | None = None
+    eval_steps: int | None = Field(default=None, gt=0)  # evaluations inside the stage, besides the one after it
+    metric_for_best_model: str | None = Field(default=None, pattern="^eval/")  # keeps a checkpoint of the best
+    greater_is_better: bool = True
+    load_best_model_at_end: bool = False
+    stop: StopRule | None = None
+    stop_loss: Annotated[list[StopLoss], BeforeValidator(lambda v: [v] if isinstance(v, dict) else v)] = []
     # RL
     num_generations: int = Field(default=8, gt=1)
     steps_per_generation: int | None = Field(default=None, gt=0)  # micro-steps a rollout; default: one optimiser step
@@ -67,7 +74,9 @@ class StageConfig(Strict):
     cpgd_weighting: Literal["equal", "std", "clip_filter"] = "clip_filter"  # of advantage: cpgd
     cale_mu: float = Field(default=1.0, ge=0, le=1)  # of advantage: cale
     cale_a: float = Field(default=1.0, gt=0)  # below 1 favours short answers
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum", "gated"] = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum", "gated", "lagrangian"] = (
+        "sum_then_normalize"
+    )
     gate_reward: str | None = None  # of gated: where it is below gate_threshold, a response has no other reward
     gate_threshold: float = 0.5
     epsilon: float | None = Field(default=None, gt=0)
@@ -85,13 +94,20 @@ class StageConfig(Strict):
     vespo_k_neg: float | None = None
     vespo_lambda_neg: float | None = None
     beta: float = Field(default=0.0, ge=0)  # KL to the policy at the start of the stage
+    reference: str = Field(default="start", pattern="^(start|none|stage:.+)$")  # or that at the end of another stage
+    reference_refresh_steps: int | None = Field(default=None, gt=0)  # it becomes the policy again as often
     kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
     use_bias_correction_kl: bool | None = None
     entropy_coef: float = 0.0
     mask_truncated_completions: bool = False
     max_rollout_kl: float | None = Field(default=0.05, gt=0)  # nats a token between sampler and trainer; null: no bound
-    reward_recipe: dict[str, dict[str, float]] | None = None  # label -> reward -> weight; default: seeds of COSMO-RL
-    format_weight: float = Field(default=1.0, ge=0)
+    # label -> reward -> weight, a number or a schedule; default: seeds of COSMO-RL
+    reward_recipe: dict[str, dict[str, Weight]] | None = None
+    format_weight: Weight = 1.0
+    constraints: dict[str, Constraint] = Field(default_factory=dict)  # reward -> what its mean is to reach
+    dynamic_sample: bool = False  # DAPO: groups of equal rewards are replaced by groups of further prompts
+    max_resample_times: int = Field(default=3, gt=0)  # further samplings a rollout, at most
+    resample_exhausted: Literal["fill", "error"] = "fill"  # then: go on with such groups, or stop
     reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # reward -> argument -> value
     reward_timeout: float = Field(default=600.0, gt=0)  # seconds that one call of a reward may take
 
@@ -104,6 +120,7 @@ class StageConfig(Strict):
                 raise ValueError(f"train_dataset: {path!r} has weight {weight}; a weight must be above 0 and finite")
         if self.row_tolerance_unbiased and not self.row_tolerance:
             raise ValueError("row_tolerance_unbiased=true has no effect without a row_tolerance: set both")
+        self._check_rules()
         if self.kind == "sft":
             wrong = sorted(self.model_fields_set & _rl_only())
             if wrong:
@@ -134,6 +151,34 @@ class StageConfig(Strict):
             )
         return self
 
+    def _check_rules(self) -> None:
+        """ValueError for rules that contradict each other, have no effect, or fall inside a rollout."""
+        if self.label_weights and not sum(self.label_weights.values()):
+            raise ValueError(f"label_weights={self.label_weights} leave nothing to draw")
+        weight = self.format_weight
+        if min((weight.start, weight.to) if isinstance(weight, Schedule) else (weight,)) < 0:
+            raise ValueError(f"format_weight={weight} must not be negative")
+        for name in ("eval_steps", "reference_refresh_steps"):
+            steps = getattr(self, name)
+            if steps and steps % self.updates_per_rollout:
+                per = self.updates_per_rollout
+                raise ValueError(f"{name}={steps} is not a multiple of the {per} optimiser steps of a rollout")
+        rules = [*([self.stop] if self.stop else []), *self.stop_loss]
+        measured = [r.metric for r in rules if r.metric.startswith("eval/")] + [self.metric_for_best_model or ""]
+        if any(measured) and not self.eval_steps:
+            raise ValueError(f"{next(filter(None, measured))} is measured inside the stage only with eval_steps")
+        idle = {"greater_is_better": "metric_for_best_model", "load_best_model_at_end": "metric_for_best_model"}
+        if self.metric_for_best_model is None:
+            self._refuse_idle(idle)
+            if any(rule.action == "restore" for rule in self.stop_loss):
+                raise ValueError("stop_loss action=restore needs a metric_for_best_model")
+
+    def _refuse_idle(self, idle: dict[str, str]) -> None:
+        """ValueError for a setting that is not at its default, though what reads it (the value) is not there."""
+        for name, owner in idle.items():
+            if getattr(self, name) != StageConfig.model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without {owner}")
+
     def _check_loss(self) -> None:
         """ValueError for an option that nothing reads, or that has a bad value."""
         from cosmo_fast.objectives import DEFAULTS, objective  # torch: not for whom no recipe is read
@@ -145,9 +190,14 @@ class StageConfig(Strict):
         gated = self.multi_objective_aggregation == "gated"
         idle |= {} if gated else dict.fromkeys(("gate_reward", "gate_threshold"), "multi_objective_aggregation: gated")
         idle |= {name: "a beta above 0" for name in ("kl", "use_bias_correction_kl") if not self.beta}
-        for name, owner in idle.items():
-            if getattr(self, name) != StageConfig.model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without {owner}")
+        referring = ["reference_refresh_steps", *(["reference"] if self.reference != "none" else [])]
+        idle |= {name: "a beta above 0" for name in referring if not self.beta}
+        idle |= {n: "dynamic_sample" for n in ("max_resample_times", "resample_exhausted") if not self.dynamic_sample}
+        self._refuse_idle(idle)
+        if self.multi_objective_aggregation == "lagrangian" and not self.constraints:
+            raise ValueError("multi_objective_aggregation=lagrangian needs constraints, whose multipliers it applies")
+        if self.reference == "none" and self.beta:
+            raise ValueError(f"reference=none with beta={self.beta}: the KL needs a reference; set beta: 0")
         if self.loss_type in ("reinforce", "rloo") and self.updates_per_rollout > 1:
             raise ValueError(
                 f"loss_type {self.loss_type!r} has no ratio, but of the {self.updates_per_rollout} optimiser steps of "
@@ -163,7 +213,7 @@ class StageConfig(Strict):
 
     def resolved(self) -> dict[str, Any]:
         """The settings of this kind of stage with the defaults of its loss, as a recipe may hold them."""
-        settings = self.model_dump()
+        settings = self.model_dump(by_alias=True)
         if self.kind == "sft":
             return {name: value for name, value in settings.items() if name not in _rl_only()}
         from cosmo_fast.objectives import DEFAULTS, LOSSES
@@ -179,6 +229,11 @@ class StageConfig(Strict):
         settings["aggregation"] = self.aggregation or aggregation
         settings["advantage"] = self.advantage or advantage
         return settings
+
+    @property
+    def frozen(self) -> list[str]:
+        """``freeze``, with the tower and its merger where ``freeze_vision_tower`` adds them."""
+        return sorted({*self.freeze, *(("vision_tower", "merger") if self.freeze_vision_tower else ())})
 
     @property
     def micro_steps(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cosmo_fast.config import Config, ConfigError
+from cosmo_fast.data.mixture import by_label
 from cosmo_fast.data.rows import Row, load_rows
 from cosmo_fast.distributed import Ranks
 
@@ -40,7 +42,8 @@ def load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[st
     """{stage: {file: (rows, weight)}}, a file read once; ``given`` replaces a stage's files.
 
     Raises:
-        ConfigError: ``given`` names no stage of the recipe. DataError: a bad row.
+        ConfigError: ``given`` names no stage of the recipe; label weights or a curriculum do not fit the rows.
+        DataError: a bad row.
     """
     unknown = sorted(given.keys() - {s.name for s in config.stages})
     if unknown:
@@ -51,15 +54,33 @@ def load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[st
     stages: dict[str, dict[str, tuple[list[Row], float]]] = {}
     for stage in config.stages:
         if stage.name in given:
-            stages[stage.name] = {"train_dataset": (given[stage.name], 1.0)}
-            continue
-        stages[stage.name] = {}
-        for path, weight in stage.datasets.items():
-            key = (path, stage.kind == "sft")
-            if key not in read_before:
-                read_before[key] = read(config, resolve(path), needs_answer=stage.kind == "sft")
-            stages[stage.name][path] = (read_before[key], weight)
+            found = {"train_dataset": (given[stage.name], 1.0)}
+        else:
+            found = {}
+            for path, weight in stage.datasets.items():
+                key = (path, stage.kind == "sft")
+                if key not in read_before:
+                    read_before[key] = read(config, resolve(config.data_path(path)), needs_answer=stage.kind == "sft")
+                found[path] = (read_before[key], weight)
+        if stage.label_weights:
+            try:
+                found = by_label(found, stage.label_weights, lambda row: row.columns.get("label"))
+            except ValueError as error:
+                raise ConfigError(f"stage {stage.name!r}: {error}") from error
+        if stage.curriculum:
+            for rows, _ in found.values():
+                for row in rows:
+                    _difficulty(row, stage.curriculum.column)
+        stages[stage.name] = found
     return stages
+
+
+def _difficulty(row: Row, column: str) -> None:
+    value = row.columns.get(column)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(
+            f"{row.source}: curriculum.column={column!r} must be a number in every row, here it is {value!r}"
+        )
 
 
 def read(config: Config, path: str, **options: Any) -> list[Row]:

@@ -87,6 +87,11 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
     return result
 
 
+def rates(split: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """The rates of a :func:`score` that any row had, as metrics ``eval/SPLIT/RATE``."""
+    return {f"eval/{split}/{name}": value for name, value in result.items() if isinstance(value, float)}
+
+
 def _shown(completion: str) -> str:
     return completion if "<think>" in completion or "</think>" in completion else f"</think>{completion}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from cosmo_fast.models.fused import fuse
 from cosmo_fast.plan import Plan
 
 FAMILIES = {name: family for family in (internvl, qwen2_vl, qwen3_vl, text) for name in family.MODEL_TYPES}
+
+VISION, ENDS = ("vision_tower", "merger"), ("embeddings", "head")  # parts that can be frozen, with language_model
 
 
 class PackedForward:
@@ -71,12 +75,53 @@ class Policy:
     def vision_frozen(self) -> bool:
         return not any(p.requires_grad for p in self.vision_parameters)
 
+    def freeze(self, parts: Sequence[str]) -> None:
+        """``parts`` do not learn, all else does; with an adapter, what the adapter has there.
+
+        Args:
+            parts: vision_tower (less the merger), merger (or projector), embeddings, language_model, head, or regular
+                expressions that are searched in the weights' names.
+
+        Raises:
+            ValueError: a part without weights, a bad expression, half of two tied parts, nothing left that learns.
+        """
+        own = self.model.parameters() if self.adapter is None else self.adapter.parameters.values()
+        learning, frozen = {id(p) for p in own}, set()
+        for part in parts:
+            found = self._part(part)
+            if not found and not (part in VISION and not self.vision_parameters):
+                raise ValueError(f"freeze names {part!r}, but no weight of this model has that in its name")
+            frozen |= found
+        if self.adapter is None and self._part("head") & self._part("embeddings") and len({*parts} & set(ENDS)) == 1:
+            raise ValueError(
+                f"freeze={[*parts]}: embeddings and head are one weight in this model; name both or neither"
+            )
+        if not learning - frozen:
+            raise ValueError(f"freeze={[*parts]} leaves nothing that learns")
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in learning - frozen)
+
     def freeze_vision_tower(self, frozen: bool) -> None:
-        """The whole tower, its merger included, learns or not; with an adapter, what the adapter has there."""
-        added = None if self.adapter is None else {id(p) for p in self.adapter.parameters.values()}
-        for parameter in self.vision_parameters:
-            if added is None or id(parameter) in added:
-                parameter.requires_grad_(not frozen)
+        """The whole tower, its merger included, does not learn, all else does; or all of it learns."""
+        self.freeze(VISION if frozen else ())
+
+    def _part(self, part: str) -> set[int]:
+        """Ids of the weights that a name in ``freeze`` stands for."""
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if part in VISION:
+            vision = {id(p) for p in self.vision_parameters}
+            merger = {id(p) for n, p in self.model.named_parameters() if re.search("merger|projector", n)} & vision
+            return merger if part == "merger" else vision - merger
+        ends = {"embeddings": embeddings, "head": head}
+        if part in ends:
+            return {id(p) for p in ends[part].parameters()}
+        if part == "language_model":
+            inputs = {id(p) for p in embeddings.parameters()}
+            return {id(p) for p in self.model.get_decoder().parameters()} - inputs
+        try:
+            return {id(p) for name, p in self.model.named_parameters() if re.search(part, name)}
+        except re.error as error:
+            raise ValueError(f"freeze: {part!r} is neither a part nor a regular expression: {error}") from error
 
     def checkpoint_gradients(self) -> None:
         """Keeps only the layers' inputs for the backward, which computes each layer again.

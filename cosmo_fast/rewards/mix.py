@@ -60,6 +60,10 @@ class MixedRewards:
     weights: torch.Tensor
     names: tuple[str, ...]
 
+    def __getitem__(self, samples: torch.Tensor) -> "MixedRewards":
+        """Those of some samples, by index."""
+        return MixedRewards(self.total[samples], self.matrix[samples], self.weights[samples], self.names)
+
     @classmethod
     def joined(cls, parts: "Sequence[MixedRewards]") -> "MixedRewards":
         """The samples of several, one after the other."""
@@ -148,10 +152,12 @@ class RewardMix:
         completions: Sequence[str],
         rows: Sequence[Mapping[str, Any]],
         sources: Sequence[str] | None = None,
+        weights: Mapping[str, Mapping[str, float]] | None = None,
     ) -> MixedRewards:
         """Rewards of S samples. prompts, completions (decoded, without special tokens) and rows (columns): S each.
 
-        sources: "file.jsonl:17" of each row, for messages.
+        sources: "file.jsonl:17" of each row, for messages. weights: {label: {reward: weight}} that replace the recipes'
+        own in this call, as schedules and constraints do.
 
         Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails, returns
         another length, a value that is not finite, or nothing in time, and a row to which no reward applies.
@@ -159,7 +165,7 @@ class RewardMix:
         if not len(prompts) == len(completions) == len(rows):
             raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(rows)} rows: want equal")
         names = [row_name(row, i, sources[i] if sources else None) for i, row in enumerate(rows)]
-        recipes = [self.recipe(row, name) for row, name in zip(rows, names, strict=True)]
+        recipes = [self.recipe(row, name, weights) for row, name in zip(rows, names, strict=True)]
         total = torch.zeros(len(rows), dtype=torch.float64)
         matrix = torch.full((len(rows), len(self.functions)), float("nan"), dtype=torch.float64)
         weights = torch.tensor([[r.get(name, 0.0) for name in self.functions] for r in recipes]).view(matrix.shape)
@@ -179,15 +185,22 @@ class RewardMix:
                 raise RewardError(f"no reward of {recipes[index]} applies to {names[index]}")
         return MixedRewards(total.float(), matrix.float(), weights.float(), tuple(self.functions))
 
-    def recipe(self, row: Mapping[str, Any], name: str | None = None) -> dict[str, float]:
+    def recipe(
+        self,
+        row: Mapping[str, Any],
+        name: str | None = None,
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> dict[str, float]:
         """{reward: weight} of one row, format included; RewardError for a label without a recipe (of row `name`)."""
         label = row.get("label")
-        recipe = self.recipes.get(label, self.recipes.get("*")) if label is not None else self.recipes.get("*")
+        key = label if label in self.recipes else "*"
+        recipe = self.recipes.get(key)
         if recipe is None:
             what = "has no label" if label is None else "has a label without a recipe"
             known = ", ".join(map(repr, self.recipes))
             raise RewardError(f"{name or row_name(row)} {what}; there are {known}; '*' would serve all others")
-        return {"format": self.format_weight, **recipe} if self.format_weight else recipe
+        own = {"format": self.format_weight, **recipe} if self.format_weight else recipe
+        return own | dict((weights or {}).get(key, {}))
 
 
 def resolve(reward: RewardFunction | str) -> RewardFunction:

@@ -11,17 +11,22 @@ import torch
 
 from cosmo_fast import ops
 from cosmo_fast.config import Config, StageConfig
+from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.distributed import Ranks
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import TokenBatch, sequence_position
 from cosmo_fast.plan import Plan, Prompt, balance, flops
 from cosmo_fast.stages.packed import Group, passes
+from cosmo_fast.stages.state import StageState
 
 
 @dataclass
 class Context:
-    """What a stage works with. ``seed`` is the stage's own; ``backward`` adds a loss's gradient to the parameters'."""
+    """What a stage works with. ``seed`` is the stage's own; ``backward`` adds a loss's gradient to the parameters'.
+
+    ``state``: by default that of the first step. ``note`` says a line to the user.
+    """
 
     config: Config
     stage: StageConfig
@@ -30,6 +35,18 @@ class Context:
     seed: int
     ranks: Ranks = field(default_factory=Ranks)
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    state: StageState | None = None
+    note: Callable[[str], None] = print
+
+    def __post_init__(self):
+        self.state = self.state or StageState.of(self.stage)
+
+    def draw(self, mixture: Mixture, count: int, step: int) -> list:
+        """The next ``count`` rows, out of those that the curriculum has open at ``step``."""
+        curriculum = self.stage.curriculum
+        rows = mixture.draw(count, curriculum.at(step, self.stage.max_steps) if curriculum else 1.0)
+        self.state.taken, self.state.skipped = mixture.taken, mixture.skipped
+        return rows
 
 
 def own_share(context: Context, groups: list[Group]) -> list[int]:

@@ -16,13 +16,13 @@ from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
 from cosmo_fast.plan import Prompt
-from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
 from cosmo_fast.stages.alive import logprob_drops
 from cosmo_fast.stages.base import Context, accumulate, kept_share, logprobs, own_share, step_seed
 from cosmo_fast.stages.packed import Group
 from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
+from cosmo_fast.stages.rollout import Rollout
 
 
 class RLStage:
@@ -91,14 +91,60 @@ class RLStage:
         """Some samples of the last rollout, as :func:`cosmo_fast.report.write_samples` takes them."""
         return self.shown
 
+    def refresh_reference(self) -> None:
+        """The reference becomes the policy as it is now."""
+        adapter = self.context.policy.adapter
+        if adapter is None:
+            self.reference = _frozen_copy(self.context.policy)
+        else:
+            adapter.keep_reference(adapter.state())
+
     def _rollout(self, step: int) -> None:
-        context, stage = self.context, self.context.stage
+        context, stage, state = self.context, self.context.stage, self.context.state
         each = stage.num_generations
-        started = time.perf_counter()
         context.vision.forget()
-        ranks = context.ranks
-        prompts = self.mixture.draw(stage.completions_per_rollout * ranks.world // each)
-        seed = step_seed(context.seed, step)
+        wanted = stage.completions_per_rollout * context.ranks.world // each
+        weights = state.weights(stage, step, self.reward_mix.recipes)
+        rollout = self._sampled(wanted, step, step_seed(context.seed, step), weights)
+        used, extra = list(range(wanted)), {}
+        if stage.dynamic_sample:
+            rollout, used, extra = self._refilled(rollout, wanted, step, weights)
+        logged = rollout_metrics(rollout.mixed, rollout.completions, rollout.texts, rollout.owner, each) | extra
+        logged |= {f"reward_weights/{label}/{n}": w for label, by_name in weights.items() for n, w in by_name.items()}
+        logged |= {f"constraints/{name}/lambda": value for name, value in state.multipliers.items()}
+        chosen = rollout.only(used, each)
+        started = time.perf_counter()
+        group_index = torch.arange(wanted).repeat_interleave(each)
+        gains = self._advantages(chosen.mixed, group_index, chosen.completions).tolist()
+        state.adapt(stage, logged)
+        self.groups = [
+            Group(
+                prompt.reuse(chosen.completions[i].kept),
+                [c.ids for c in chosen.completions[i : i + each]],
+                weights=[],
+                advantages=gains[i : i + each],
+                old_logps=[c.logps for c in chosen.completions[i : i + each]],
+                ended=[c.ended for c in chosen.completions[i : i + each]],
+            )
+            for i, prompt in zip(range(0, len(chosen.completions), each), chosen.owner[::each], strict=True)
+        ]
+        if self.reference is not None:
+            self._score_reference()
+        self.rollout_metrics = logged | {
+            **kept_share(rollout.owner[::each]),
+            "perf/kv_mib": getattr(self.sampler, "kv_bytes", 0) / 2**20,  # another engine need not know
+            "timing_s/sample": rollout.sample_s,
+            "timing_s/reward": rollout.reward_s,
+            "timing_s/reference": time.perf_counter() - started,
+        }
+        self.shown = chosen.shown(gains, context.config.log_completions)
+
+    def _sampled(self, count: int, step: int, seed: int, weights: dict[str, dict[str, float]]) -> Rollout:
+        """Responses to the next ``count`` prompts and their rewards, of all ranks."""
+        context, ranks = self.context, self.context.ranks
+        each = context.stage.num_generations
+        started = time.perf_counter()
+        prompts = context.draw(self.mixture, count, step)
         options = {"num_generations": each, "seed": seed, "first": ranks.start(len(prompts))}
         generated = self.sampler.generate(ranks.share(prompts), self.params, **options)
         completions = [c for g in generated for c in g]
@@ -106,57 +152,57 @@ class RLStage:
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         chosen = [p.reuse(g[0].kept) for p, g in zip(ranks.share(prompts), generated, strict=True)]
         owner = [p for p in chosen for _ in range(each)]
-        mixed = self._rewarded(owner, completions, texts)
+        mixed = self._rewarded(owner, completions, texts, weights)
         shares = ranks.gather((completions, texts, mixed))
         completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
-        rewarded = time.perf_counter()
-        group_index = torch.arange(len(prompts)).repeat_interleave(each)
-        gains = self._advantages(mixed, group_index, completions).tolist()
-        self.groups = [
-            Group(
-                prompt.reuse(completions[i].kept),
-                [c.ids for c in completions[i : i + each]],
-                weights=[],
-                advantages=gains[i : i + each],
-                old_logps=[c.logps for c in completions[i : i + each]],
-                ended=[c.ended for c in completions[i : i + each]],
-            )
-            for i, prompt in zip(range(0, len(completions), each), prompts, strict=True)
-        ]
-        if self.reference is not None:
-            self._score_reference()
-        self.rollout_metrics = rollout_metrics(mixed, completions, texts, owner, each) | {
-            **kept_share(prompts),
-            "perf/kv_mib": getattr(self.sampler, "kv_bytes", 0) / 2**20,  # another engine need not know
-            "timing_s/sample": sampled - started,
-            "timing_s/reward": rewarded - sampled,
-            "timing_s/reference": time.perf_counter() - rewarded,
-        }
-        spread = np.linspace(0, len(texts) - 1, min(len(texts), context.config.log_completions)).astype(int)
-        self.shown = [
-            {
-                "id": owner[i].columns.get("id"),
-                "label": owner[i].columns.get("label"),
-                "prompt": owner[i].text,
-                "images": [m.key for m in owner[i].media],
-                "response": texts[i],
-                "reward": float(mixed.total[i]),
-                "rewards": dict(zip(mixed.names, finite(mixed.matrix[i].tolist()), strict=True)),
-                "advantage": gains[i],
-                **({"vision_prune": kept.written()} if (kept := completions[i].kept) else {}),
-            }
-            for i in spread
-        ]
+        return Rollout(owner, completions, texts, mixed, sampled - started, time.perf_counter() - sampled)
 
-    def _rewarded(self, owner: list[Prompt], completions: list[Completion], texts: list[str]) -> MixedRewards:
+    def _refilled(
+        self, rollout: Rollout, wanted: int, step: int, weights
+    ) -> tuple[Rollout, list[int], dict[str, float]]:
+        """DAPO's dynamic sampling (arXiv 2503.14476): further prompts until ``wanted`` groups have rewards that differ.
+
+        Every time as many as the share of such groups so far asks for, ``wanted`` at most (ours; DAPO draws a whole
+        batch each time), ``max_resample_times`` times at most.
+
+        Returns:
+            all that was sampled, the indices of the groups to train on, and what is logged.
+        """
+        stage, each, times = self.context.stage, self.context.stage.num_generations, 0
+        while True:
+            varied, groups = rollout.varied(each), len(rollout.owner) // each
+            missing = wanted - len(varied)
+            if missing <= 0 or times == stage.max_resample_times:
+                break
+            times += 1
+            count = min(wanted, -(-missing * groups // max(1, len(varied))))
+            seed = step_seed(self.context.seed, step, 2, times)
+            rollout = rollout.joined(self._sampled(max(count, self.context.ranks.world), step, seed, weights))
+        if missing > 0:
+            message = (
+                f"dynamic_sample: after {times} resamplings {len(varied)} of the {wanted} groups wanted have rewards "
+                f"that differ, of {groups} sampled; are the rows too easy or too hard? Raise num_generations or "
+                "max_resample_times, or draw other rows (curriculum, train_dataset)"
+            )
+            if stage.resample_exhausted == "error":
+                raise ValueError(f"stage {stage.name!r}, step {step}: {message}; or set resample_exhausted: fill")
+            if self.context.ranks.first:
+                self.context.note(message)
+        equal = sorted(set(range(groups)) - set(varied))
+        logged = {"dynamic_sample/resamplings": times, "dynamic_sample/kept": len(varied) / groups}
+        return rollout, (varied + equal)[:wanted], logged | {"dynamic_sample/missing": max(0, missing)}
+
+    def _rewarded(
+        self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict[str, dict[str, float]]
+    ) -> MixedRewards:
         """The rewards of this rank's responses, each row with STAGE_COLUMNS."""
         added: list[dict[str, Any]] = [{"completion_ids": c.ids.tolist()} for c in completions]
         if "visual_focus_drop" in self.reward_mix.functions:
             for row, drop in zip(added, logprob_drops(self.context, owner, completions), strict=True):
                 row["blank_logprob_drop"] = drop
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
-        return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner])
+        return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
         stage = self.context.stage
@@ -169,6 +215,9 @@ class RLStage:
         if stage.multi_objective_aggregation == "gated":
             matrix, weights = mixed.apart([stage.gate_reward])
             options["gate_threshold"] = stage.gate_threshold
+        if stage.multi_objective_aggregation == "lagrangian":
+            matrix, weights = mixed.apart([*stage.constraints], merge=True)
+            options["multipliers"] = [*self.context.state.multipliers.values()]
         return advantages(matrix, groups, self.advantage, reward_weights=weights, **options)
 
     @torch.no_grad()

@@ -20,9 +20,8 @@ class SFTStage:
     def step(self, step: int) -> dict[str, float]:
         """Accumulates the gradient of step ``step``; returns its metrics."""
         stage = self.context.stage
-        rows = self.mixture.draw(
-            stage.per_device_train_batch_size * stage.gradient_accumulation_steps * self.context.ranks.world
-        )
+        count = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * self.context.ranks.world
+        rows = self.context.draw(self.mixture, count, step)
         tokens = sum(len(target) for _, target in rows)
         groups = [Group(prompt, [target], [np.full(len(target), 1 / tokens)]) for prompt, target in rows]
         loss, metrics, _ = accumulate(self.context, groups, sft(), seed=step_seed(self.context.seed, step, 1))

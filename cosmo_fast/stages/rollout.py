@@ -1,0 +1,60 @@
+"""What a rollout has sampled: prompts, responses and rewards, a group's responses side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmo_fast.plan import Prompt
+from cosmo_fast.report.metrics import finite
+from cosmo_fast.rewards import MixedRewards
+from cosmo_fast.rollout import Completion
+
+
+@dataclass
+class Rollout:
+    """S samples: ``owner`` (the prompt of each), ``completions``, ``texts`` and ``mixed``; seconds spent on them."""
+
+    owner: list[Prompt]
+    completions: list[Completion]
+    texts: list[str]
+    mixed: MixedRewards
+    sample_s: float
+    reward_s: float
+
+    def joined(self, other: Rollout) -> Rollout:
+        """These samples, then the other's."""
+        seconds = self.sample_s + other.sample_s, self.reward_s + other.reward_s
+        lists = (getattr(self, name) + getattr(other, name) for name in ("owner", "completions", "texts"))
+        return Rollout(*lists, MixedRewards.joined([self.mixed, other.mixed]), *seconds)
+
+    def only(self, groups: list[int], each: int) -> Rollout:
+        """Some groups of ``each`` responses, in that order."""
+        index = [group * each + i for group in groups for i in range(each)]
+        lists = ([getattr(self, name)[i] for i in index] for name in ("owner", "completions", "texts"))
+        return Rollout(*lists, self.mixed[torch.tensor(index)], self.sample_s, self.reward_s)
+
+    def varied(self, each: int) -> list[int]:
+        """The groups whose rewards are not all equal."""
+        rewards = self.mixed.total.view(-1, each)
+        return torch.nonzero(rewards.amax(1) > rewards.amin(1)).flatten().tolist()
+
+    def shown(self, gains: list[float], count: int) -> list[dict[str, Any]]:
+        """``count`` samples, evenly spread, with their advantages, as ``report.write_samples`` takes them."""
+        return [
+            {
+                "id": self.owner[i].columns.get("id"),
+                "label": self.owner[i].columns.get("label"),
+                "prompt": self.owner[i].text,
+                "images": [m.key for m in self.owner[i].media],
+                "response": self.texts[i],
+                "reward": float(self.mixed.total[i]),
+                "rewards": dict(zip(self.mixed.names, finite(self.mixed.matrix[i].tolist()), strict=True)),
+                "advantage": gains[i],
+                **({"vision_prune": kept.written()} if (kept := self.completions[i].kept) else {}),
+            }
+            for i in np.linspace(0, len(self.texts) - 1, min(len(self.texts), count)).astype(int)
+        ]
