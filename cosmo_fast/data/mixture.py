@@ -101,7 +101,7 @@ def by_label(
                 known = ", ".join(weights)
                 raise ValueError(f"label_weights ({known}) has no weight for the label {label(item)!r} in {name}")
             parts.setdefault(kind, {}).setdefault(name, []).append(item)
-    if missing := [kind for kind in weights if kind not in parts]:
+    if missing := [kind for kind in weights if kind not in parts and kind != "*"]:
         raise ValueError(f"label_weights: no row of {', '.join(sources)} has the label(s) {missing}")
     result = {}
     for kind, held in parts.items():
