@@ -42,7 +42,7 @@ from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
-from cosmo_fast.stages.state import StageState, check_metrics
+from cosmo_fast.stages.state import StageState, check_metrics, rules
 
 
 class Trainer:
@@ -238,13 +238,16 @@ class Trainer:
             save = self._step(index, step, runner, update, state)
             done, every = step + 1, stage.reference_refresh_steps
             restore = done % stage.updates_per_rollout == 0 and state.verdict(stage)
+            if rules(stage):  # ranks may time the same step differently
+                restore, state.ended = self.ranks.gather((restore, state.ended))[0]
             ended = done == stage.max_steps or state.ended is not None
             if every and done % every == 0 and not ended:
                 runner.refresh_reference()
                 state.reference, save = self.global_step, True
             if ended:
                 self.ends = [*self.ends[:index], self.global_step]
-                if state.best and (restore or stage.load_best_model_at_end):
+                back = state.best and state.best[1] != self.global_step
+                if back and (restore or stage.load_best_model_at_end):
                     self.console.note(self.kept.restore(*state.best))
                     self.evaluated = (-1, {})
             if (save or ended or (config.save_steps and done % config.save_steps == 0)) and self.ranks.first:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from short_run import chance, whole_and_resumed
 from tiny import tiny_policy
 
 from cosmo_fast.checkpoint import checkpoints
-from cosmo_fast.config import ConfigError, StageConfig, load_config
+from cosmo_fast.config import RECIPES, ConfigError, StageConfig, load_config
 from cosmo_fast.config.rules import Constraint, Schedule, StopRule
 from cosmo_fast.stages.state import StageState
 from cosmo_fast.trainer import Trainer
@@ -116,10 +117,10 @@ def test_what_is_frozen_is_what_was_named(family):
         policy.freeze(["head"])
 
 
-def with_difficulty(small_world, folder):
-    """The world's general RL rows with a number each, more difficult the later."""
-    rows = [json.loads(line) for line in (small_world / "rl.jsonl").read_text().splitlines()]
-    path = folder / "rows.jsonl"
+def with_difficulty(small_world, folder, name="rl"):
+    """The world's rows with a number each, more difficult the later."""
+    rows = [json.loads(line) for line in (small_world / f"{name}.jsonl").read_text().splitlines()]
+    path = folder / f"{name}.jsonl"
     path.write_text("\n".join(json.dumps(row | {"difficulty": i}) for i, row in enumerate(rows)))
     return path
 
@@ -135,6 +136,8 @@ def test_a_run_with_every_rule_resumes_bitwise(recipe, small_world, tmp_path, mo
     ]  # fmt: skip
     flags = [f"--stages.rl.{setting}" for setting in rl] + [f"--image_root={small_world}", "--eval.limit=4"]
     flags += [f"--eval.datasets={{scenes: {small_world}/scenes.jsonl}}", "--stages.cold.freeze=[head]"]
+    flags += [f"--stages.cold.train_dataset={with_difficulty(small_world, tmp_path, 'train')}"]
+    flags += ["--stages.cold.curriculum={column: difficulty, from: 0.1}"]
     whole, again, rows = whole_and_resumed(recipe, flags, tmp_path, monkeypatch)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -159,6 +162,19 @@ def test_a_stop_rule_ends_a_stage_early_and_the_next_one_begins_there(recipe, tm
     assert [(row["stage"], row["step"]) for row in metrics(tmp_path / "run")] == [("cold", i) for i in (1, 2, 3)] + [
         ("rl", 1)
     ]
+
+
+def test_a_lagrangian_is_adapted_and_the_best_may_be_the_last(recipe, small_world, tmp_path, monkeypatch):
+    values = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self, stage: {"scenes": {"accuracy": next(values)}})
+    rl = ["max_steps=2", "multi_objective_aggregation=lagrangian", "constraints={chance: {target: 4}}", "eval_steps=1"]
+    rl += ["reward_recipe={'*': {chance: 1}}", "metric_for_best_model=eval/scenes/accuracy", "load_best_model_at_end=1"]
+    _, summary = run(recipe, *(f"--stages.rl.{setting}" for setting in rl), rewards={"chance": chance})
+    first, second = metrics(tmp_path / "run")[1:]
+    expected = math.exp(0.1 * (4 - first["rewards/chance/mean"]))
+    assert (first["constraints/chance/lambda"], second["constraints/chance/lambda"]) == pytest.approx((1, expected))
+    assert not [key for key in second if key.startswith("reward_weights")], "λ is in the advantages, not in the weights"
+    assert summary["stages"][1]["best"] == [0.3, 3] and first["grad_norm"] > 0
 
 
 def test_a_stop_loss_brings_the_best_weights_back(recipe, small_world, tmp_path, monkeypatch):
@@ -253,3 +269,19 @@ def test_data_dir_is_where_relative_files_lie(small_world, recipe, tmp_path):
     trainer = Trainer(load_config(str(recipe), relative))
     assert len(trainer.eval_rows["scenes"]) == 24 and len(trainer.data["cold"]["train.jsonl"][0]) > 100
     assert load_config("demo", ["--data_dir=world:"]).data_path("rl.jsonl") == "world:rl.jsonl"
+
+
+@pytest.mark.parametrize("name", ["cosmo_rl", "vtperception_r1", "safework_r1"])
+def test_every_value_of_the_three_systems_says_whose_it_is(name):
+    lines = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
+    valued = [line for line in lines if re.match(r"\s*(- )?\S+:\s+[^#\s]", line)]
+    assert len(valued) > 40 and [line for line in valued if not re.search(r"# (paper|ours)\b", line)] == []
+    assert [line for line in lines if "{" in line or "[" in line] == [], "one value a line"
+
+
+@pytest.mark.parametrize("name", ["cosmo_rl", "grpo", "safework_r1", "vtperception_r1"])
+def test_two_flags_point_a_shipped_recipe_at_a_model_and_a_data_folder(name, small_world, tmp_path):
+    flags = [f"--model_name_or_path={small_world}/model", f"--data_dir={small_world}", f"--output_dir={tmp_path}/run"]
+    trainer = Trainer(load_config(name, flags))
+    assert all(rows for sources in trainer.data.values() for rows, _ in sources.values())
+    assert not (tmp_path / "run").exists()
