@@ -63,6 +63,13 @@ def test_every_shipped_recipe_is_valid(name):
             r"unknown setting 'stages.rl.clip_ratio_low'; did you mean 'epsilon'\?",
         ),
         (["--stages.rl.lr", "0.1"], "did you mean 'learning_rate'"),
+        (["--stages.rl.filter_groups", "true"], "did you mean 'dynamic_sample'"),
+        (
+            ["--stages.rl.stop={metrc: reward, above: 1}"],
+            r"unknown setting 'stages.rl.stop.metrc'; did you mean 'metric'",
+        ),
+        (["--stages.rl.format_weight={fromm: 1, to: 0}"], r"'stages.rl.format_weight.fromm'; did you mean 'from'"),
+        (["--stages.rl.format_weight=-1"], "format_weight=-1.0 must not be negative"),
         (["--stages.warm.max_steps", "1"], "no stage is named 'warm'; stages: cold, rl"),
         (["--stages.rl", "1"], "name a stage and a setting"),
         (["--output_dir.x", "1"], "'output_dir' is a single value"),

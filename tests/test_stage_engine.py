@@ -20,6 +20,11 @@ RL = {"name": "rl", "kind": "rl", "train_dataset": "a.jsonl", "max_steps": 10, "
 QUICK = ["--stages.cold.max_steps=1", "--max_completion_length=36", "--eval.limit=6"]
 
 
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    monkeypatch.setattr("cosmo_fast.report.write_plots", lambda folder: None)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -183,7 +188,6 @@ def test_a_stop_loss_brings_the_best_weights_back(recipe, small_world, tmp_path,
     rules = ["max_steps=6", "eval_steps=1", "metric_for_best_model=eval/scenes/accuracy"]
     rules.append("stop_loss=[{metric: eval/scenes/accuracy, below: 0.2, action: restore}]")
     flags = [f"--stages.cold.{rule}" for rule in rules] + ["--save_total_limit=1", "--stages.rl.max_steps=1"]
-    monkeypatch.setattr("cosmo_fast.report.write_plots", lambda folder: None)
     trainer = Trainer(load_config(str(recipe), [*QUICK, *flags]))
     trainer.config.stages.pop()  # the cold start alone
     summary = trainer.train()
