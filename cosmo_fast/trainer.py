@@ -18,7 +18,6 @@ import torch
 from cosmo_fast import checkpoint as ckpt
 from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
-from cosmo_fast.config.rules import Schedule, at
 from cosmo_fast.data import Row
 from cosmo_fast.data.check import at as _at
 from cosmo_fast.data.check import check_rewards
@@ -122,15 +121,10 @@ class Trainer:
     def _reward_mix(self, stage: StageConfig) -> RewardMix:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
-        recipe = stage.reward_recipe and {
-            label: {name: at(weight, 0, stage.max_steps) for name, weight in weights.items()}
-            for label, weights in stage.reward_recipe.items()
-        }
-        shape = stage.format_weight  # a schedule may begin or end at 0
-        shape = max(shape.start, shape.to) if isinstance(shape, Schedule) else shape
+        recipe, format_weight = stage.first_weights
         mix = RewardMix(
             recipe,
-            format_weight=shape,
+            format_weight=format_weight,
             rewards=own,
             options=stage.reward_options,
             max_completion_length=self.config.max_completion_length,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict, Weight
+from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict, Weight, at
 
 LossType = Literal[
     "reinforce", "rloo", "reinforce_pp", "grpo", "dr_grpo", "bnpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "luspo",
@@ -93,8 +93,8 @@ class StageConfig(Strict):
     vespo_lambda_pos: float | None = None
     vespo_k_neg: float | None = None
     vespo_lambda_neg: float | None = None
-    beta: float = Field(default=0.0, ge=0)  # KL to the policy at the start of the stage
-    reference: str = Field(default="start", pattern="^(start|none|stage:.+)$")  # or that at the end of another stage
+    beta: float = Field(default=0.0, ge=0)  # KL to the reference
+    reference: str = Field(default="start", pattern="^(start|none|stage:.+)$")  # the policy then, or after stage NAME
     reference_refresh_steps: int | None = Field(default=None, gt=0)  # it becomes the policy again as often
     kl: Literal["k1", "k2", "k3", "k1+", "k3+"] | None = None
     use_bias_correction_kl: bool | None = None
@@ -229,6 +229,14 @@ class StageConfig(Strict):
         settings["aggregation"] = self.aggregation or aggregation
         settings["advantage"] = self.advantage or advantage
         return settings
+
+    @property
+    def first_weights(self) -> tuple[dict[str, dict[str, float]] | None, float]:
+        """``reward_recipe`` in numbers at step 0, and ``format_weight``, the larger end of a schedule."""
+        recipe, shape = self.reward_recipe, self.format_weight
+        if recipe is not None:
+            recipe = {label: {n: at(w, 0, self.max_steps) for n, w in named.items()} for label, named in recipe.items()}
+        return recipe, max(shape.start, shape.to) if isinstance(shape, Schedule) else shape
 
     @property
     def frozen(self) -> list[str]:
