@@ -105,7 +105,7 @@ def _uses(path: str, config: Config, stage: str | None, resolve: Callable[[str],
     """The stages that read the file, None for the evaluation."""
 
     def named(files) -> bool:
-        return Path(resolve(path)).resolve() in {Path(resolve(name)).resolve() for name in files}
+        return Path(resolve(path)).resolve() in {Path(resolve(config.data_path(name))).resolve() for name in files}
 
     found: list = [s for s in config.stages if (named(s.datasets) if stage is None else s.name == stage)]
     found += [None] if stage is None and named(config.eval.datasets.values()) else []
