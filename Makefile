@@ -44,7 +44,7 @@ kernels-check: install-dev
 
 # The row kernels pick an instruction set when they are loaded; here each one alone passes their tests (x86-64 only).
 # Without a fused multiply-add (processors before 2013) linear_kl has up to three times eager PyTorch's error in fp32.
-ROW_TESTS = test_vocab_stats.py test_weight_gradient.py test_advantages.py test_prefix_attention.py test_vision_prune.py
+ROW_TESTS = test_vocab_stats.py test_weight_gradient.py test_advantages.py test_prefix_attention.py test_rotary.py test_vision_prune.py
 isa-check: install-dev
 	for arch in x86-64 x86-64-v3; do \
 	  CFLAGS="-march=$$arch -DCOSMO_ISA=" $(RUN) setup.py -q build --build-base build/$$arch --build-lib build/$$arch/lib || exit 1; \

@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(cosmo_fast, m) {
   m.def(
       "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, bool weight_wanted) -> (Tensor dx, Tensor "
       "dweight)");
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor q, Tensor k)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("vision_greedy(Tensor features, Tensor counts, Tensor keep, Tensor? text) -> Tensor");
   m.def(

@@ -1,8 +1,8 @@
-"""The two attention functions that the packed forward registers with transformers; no model file is forked.
+"""Attention of language models by the plan of a forward, and of vision towers in batches of equal segments.
 
-``cosmo_packed`` (language model): the plan given to the forward does the attention. ``cosmo_flash_segments`` (vision
-tower; the name holds "flash" because transformers then passes all segment boundaries in one call): equal segments of
-any number of pictures in one batched call. What they cannot do is refused before work begins or at the call.
+:class:`Attention` and :class:`VisionAttention` take the place of transformers' own where theirs are known. ``packed``,
+registered with transformers as ``cosmo_packed``, does the plan's attention inside any other class. What they cannot do
+is refused before work begins or at the call.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-TEXT = "cosmo_packed"
-VISION = "cosmo_flash_segments"
+from cosmo_fast import ops
 
+TEXT = "cosmo_packed"
 
 # Language models whose attention is known to be what `packed` computes.
 KNOWN = ("llama", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
@@ -45,46 +45,62 @@ def register_text(model: nn.Module) -> None:
     config._attn_implementation = TEXT
 
 
-def packed(module, query, key, value, attention_mask, *, scaling, plan=None, dropout=0.0, sliding_window=None, **_):
-    """``query`` (1, H, T, D), ``key``/``value`` (1, Hk, T, D) -> ((1, T, H, D), None), by ``plan.attend``.
+class Attention(nn.Module):
+    """Attention of a decoder layer by the plan: (1, T, d) -> ((1, T, d), None); every head lies where it is projected.
 
     Raises:
-        ValueError: no plan was passed to the forward, attention dropout, or a sliding window.
+        ValueError: no plan was passed to the forward, or attention dropout.
     """
+
+    def forward(self, hidden_states: torch.Tensor, *, position_embeddings, plan=None, **_):
+        x = hidden_states.squeeze(0)
+        q, k, v = (p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rotary(q, k, *(table.squeeze(0) for table in position_embeddings))
+        return self.o_proj(_attend(self, q, k, v, plan).flatten(1)).unsqueeze(0), None
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside each segment of ``cu_seqlens`` (s + 1,): (T, d) -> (T, d); equal segments in one call."""
+
+    def forward(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, *, position_embeddings, **_):
+        lengths = cu_seqlens.diff().tolist()
+        q, k, v = self.qkv(hidden_states).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        q, k = ops.rotary(q, k, *position_embeddings)
+        out = torch.empty_like(q) if len(set(lengths)) > 1 else None
+        for length in sorted(set(lengths)):
+            if out is None:
+                rows = slice(None)
+            else:
+                chosen = torch.tensor([n == length for n in lengths], device=q.device)
+                rows = (cu_seqlens[:-1][chosen, None] + torch.arange(length, device=q.device)).flatten()
+            parts = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+            part = functional.scaled_dot_product_attention(*parts, scale=self.scaling).transpose(1, 2).flatten(0, 1)
+            out = part if out is None else out.index_copy(0, rows, part)
+        return self.proj(out.flatten(1))
+
+
+# Classes of transformers and what computes the same.
+_TEXT = ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
+CLASSES = dict.fromkeys((f"{name}Attention" for name in _TEXT), Attention)
+CLASSES |= dict.fromkeys(("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention"), VisionAttention)
+
+
+def packed(module, query, key, value, attention_mask, *, plan=None, **_):
+    """``query`` (1, H, T, D), ``key``/``value`` (1, Hk, T, D) -> ((1, T, H, D), None), as :class:`Attention`."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return _attend(module, q, k, v, plan).unsqueeze(0), None
+
+
+def _attend(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan) -> torch.Tensor:
     if plan is None:
         raise ValueError(
             "the packed forward got no plan: call Policy.hidden, not the model, or reload the model for plain use"
         )
-    if dropout or sliding_window is not None:
-        raise ValueError(
-            f"attention_dropout={dropout} and sliding_window={sliding_window} are not supported; set 0 and null"
-        )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return plan.attend(module.layer_idx, q, k, v, scaling).unsqueeze(0), None
-
-
-def vision_segments(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, dropout=0.0, **_):
-    """Full attention inside each segment of ``cu_seq_lens_q`` (s + 1,): (1, H, T, D) -> ((1, T, H, D), None).
-
-    Raises:
-        ValueError: attention dropout.
-    """
-    if dropout:
-        raise ValueError(f"vision_config.attention_dropout={dropout} is not supported; set it to 0")
-    lengths = cu_seq_lens_q.diff().tolist()
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = torch.empty_like(q) if len(set(lengths)) > 1 else None
-    for length in sorted(set(lengths)):
-        if out is None:
-            rows = slice(None)
-        else:
-            chosen = torch.tensor([n == length for n in lengths], device=q.device)
-            rows = (cu_seq_lens_q[:-1][chosen, None] + torch.arange(length, device=q.device)).flatten()
-        parts = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        part = functional.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1)
-        out = part if out is None else out.index_copy(0, rows, part)
-    return out.unsqueeze(0), None
+    if module.training and module.attention_dropout:
+        raise ValueError(f"attention_dropout={module.attention_dropout} is not supported; set it to 0")
+    return plan.attend(module.layer_idx, q, k, v, module.scaling)
 
 
 AttentionInterface.register(TEXT, packed)
-AttentionInterface.register(VISION, vision_segments)

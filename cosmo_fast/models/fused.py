@@ -1,4 +1,4 @@
-"""Modules of a transformers model that compute the same with less: norms, gated MLPs and the patches' projection.
+"""Modules of a transformers model that compute the same with less: norms, gated MLPs, attention and the patches' projection.
 
 A module's class is changed, on the instance: weights, names, hooks, what is saved and what PEFT matches stay, a
 deepcopy computes with its own weights, and no other model is touched.
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from cosmo_fast import ops
+from cosmo_fast.models.attention import CLASSES
 
 
 class RMSNorm(nn.Module):
@@ -45,12 +46,16 @@ def fuse(model: nn.Module) -> None:
 
     A norm or an MLP is known by the names of its parts and by giving, on a test input, bit for bit what the reference
     of its op gives; the first of each class is tried. They stay transformers' own on any device but the CPU: the ops
-    are CPU kernels. The projection is plain PyTorch and is installed everywhere.
+    are CPU kernels. The projection is plain PyTorch and is installed everywhere, and so is the attention of the known
+    classes, whose ops know the device.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     known: dict[tuple[type, type | None], bool] = {}
     for module in model.modules():
-        children = dict(module.named_children())
+        children, kind = dict(module.named_children()), CLASSES.get(type(module).__name__)
+        if kind and type(module).__module__.startswith("transformers.models."):
+            module.__class__ = kind
+            continue
         if type(module) is nn.Conv3d and _takes_patches(module):
             module.__class__ = PatchProjection
             continue

@@ -173,13 +173,17 @@ class Policy:
 
         ``inputs`` are what the family's ``language_inputs`` adds. No mask is made: the plan decides who sees whom.
         """
-        return self.model.get_decoder()(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(1) if self.family.ROTARY_AXES == 3 else positions[:1],
-            use_cache=False,
-            plan=attention,
-            **inputs,
-        ).last_hidden_state[0]
+        decoder, x = self.model.get_decoder(), embeddings.unsqueeze(0)
+        positions = positions.unsqueeze(1) if self.family.ROTARY_AXES == 3 else positions[:1]
+        told: dict[str, Any] = {"use_cache": False, "plan": attention}
+        if inputs or decoder._forward_pre_hooks or decoder._forward_hooks or not _plain(decoder):
+            return decoder(inputs_embeds=x, position_ids=positions, **told, **inputs).last_hidden_state.squeeze(0)
+        # The same without what serves masks, caches and recorded outputs, which takes as long as a small model's step.
+        told |= {"attention_mask": None, "position_ids": None, "past_key_values": None}
+        told["position_embeddings"] = decoder.rotary_emb(x, positions)
+        for layer in decoder.layers:
+            x = layer(x, **told)
+        return decoder.norm(x).squeeze(0)
 
     def logprobs(
         self, plan: Plan, features: torch.Tensor | None, temperature: float = 1.0
@@ -258,6 +262,10 @@ def load_policy(
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     return Policy(model, tokenizer, family.load_image_processor(name_or_path), family)
+
+
+def _plain(decoder: nn.Module) -> bool:
+    return type(decoder).__module__.startswith("transformers.models.")
 
 
 def _device(name: str) -> str:

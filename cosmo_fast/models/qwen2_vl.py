@@ -24,9 +24,8 @@ def load_image_processor(name_or_path):
 
 
 def register_attention(model: nn.Module) -> None:
-    """The plan's attention for the text, batched segments for the vision tower."""
+    """The plan's attention for the text; the tower's needs no telling."""
     attention.register_text(model)
-    model.get_encoder(modality="image").config._attn_implementation = attention.VISION
 
 
 def grid_after_merge(config, image_processor, height: int, width: int) -> tuple[int, int, int]:

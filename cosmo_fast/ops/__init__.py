@@ -8,6 +8,7 @@ from cosmo_fast.ops.linear_logprobs import linear_logprobs, linear_logprobs_refe
 from cosmo_fast.ops.linear_policy_loss import LossOutput, linear_policy_loss, linear_policy_loss_reference
 from cosmo_fast.ops.prefix_attention import Segments, prefix_attention, prefix_attention_reference
 from cosmo_fast.ops.rms_norm import rms_norm, rms_norm_reference
+from cosmo_fast.ops.rotary import rotary, rotary_reference
 from cosmo_fast.ops.row_tolerance import RowTolerance
 from cosmo_fast.ops.swiglu import swiglu, swiglu_reference
 from cosmo_fast.ops.vision_prune import kept_counts, vision_prune
@@ -35,6 +36,8 @@ __all__ = [
     "prefix_attention_reference",
     "rms_norm",
     "rms_norm_reference",
+    "rotary",
+    "rotary_reference",
     "swiglu",
     "swiglu_reference",
     "vision_prune",

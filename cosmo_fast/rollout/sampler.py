@@ -66,7 +66,7 @@ class Sampler:
         self.batch_size, self.max_tokens, self.kv_cache_mib = batch_size, max_tokens, kv_cache_mib
         self.kv_bytes = 0  # of the last call
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts: list[Prompt],
@@ -148,7 +148,8 @@ class _Pictures:
             parts = []
             if distinct:
                 alone = any(prompt.kept for prompt in self.prompts[first:last])
-                made = self.vision.features([*distinct.values()], alone=alone)
+                with torch.inference_mode(False), torch.no_grad():  # training may use them again
+                    made = self.vision.features([*distinct.values()], alone=alone)
                 parts = made.split([m.rows for m in distinct.values()])
             self.held.append((last, dict(zip(distinct, parts, strict=True))))
         known = {key: part for _, lot in self.held for key, part in lot.items()}
