@@ -63,6 +63,14 @@ def test_greedy_tokens_equal_transformers_generate(tmp_path, family):
             assert completion.ids.tolist() == best.tolist()
 
 
+def test_features_of_a_frozen_tower_kept_from_sampling_are_ordinary_tensors_that_training_may_save(world):
+    policy, _, prompts = world
+    policy.freeze_vision_tower(True)
+    vision = Vision(policy)
+    Sampler(policy, vision).generate(prompts, SamplingParams(2))
+    assert vision._features and not any(x.is_inference() for x in [*vision._features.values(), *vision._grids.values()])
+
+
 def test_a_response_does_not_depend_on_its_batch_mates(world):
     policy, _, prompts = world
     params = SamplingParams(12)
