@@ -171,7 +171,10 @@ class Update:
 
     def norm(self) -> float:
         """Norm of the gradients before they are scaled down."""
-        return float(nn.utils.clip_grad_norm_(self.learning, self.max_grad_norm))
+        norm = nn.utils.get_total_norm([p.grad for p in self.learning])
+        if not norm < self.max_grad_norm - 1e-5:  # elsewhere all gradients would be read and written to be times 1
+            nn.utils.clip_grads_with_norm_(self.learning, self.max_grad_norm, norm)
+        return float(norm)
 
     def step(self) -> None:
         """Changes the weights."""

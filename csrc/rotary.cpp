@@ -23,10 +23,10 @@ struct Rotary {
 template <class T, class A>
 COSMO_INLINE void rotate(const Rotary<T, A>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const A *__restrict c = a.cos + i * a.cos_row, *__restrict s = a.sin + i * a.sin_row;
+    const A* __restrict c = a.cos + i * a.cos_row, * __restrict s = a.sin + i * a.sin_row;
     for (int64_t h = 0; h < a.heads; ++h) {
-      const T *__restrict x = a.x + i * a.row + h * a.head, *__restrict y = x + a.half;
-      T *__restrict to = a.out + (i * a.heads + h) * 2 * a.half, *__restrict other = to + a.half;
+      const T* __restrict x = a.x + i * a.row + h * a.head, * __restrict y = x + a.half;
+      T* __restrict to = a.out + (i * a.heads + h) * 2 * a.half, * __restrict other = to + a.half;
       for (int64_t j = 0; j < a.half; ++j) {
         const A first = load(x[j]), second = load(y[j]), sine = s[j] * a.sign;
         store(to + j, first * c[j] - second * sine);
@@ -52,9 +52,9 @@ Tensor turned(const Tensor& x, const Tensor& cos, const Tensor& sin, bool invers
                           (t->size(1) == 0 || t->stride(1) == 1) && t->scalar_type() == statistics_type<A>,
                       "cos and sin must be CPU tensors (T, D) of the statistics' dtype");
     }
-    const Rotary<T, A> a{data<const T>(x), data<T>(out), data<const A>(cos), data<const A>(sin), x.size(1),
-                         x.size(2) / 2,    x.stride(0),  x.stride(1),        cos.stride(0),      sin.stride(0),
-                         A(inverse ? -1 : 1)};
+    const Rotary<T, A> a{data<const T>(x), data<T>(out),  data<const A>(cos), data<const A>(sin),
+                         x.size(1),        x.size(2) / 2, x.stride(0),        x.stride(1),
+                         cos.stride(0),    sin.stride(0), A(inverse ? -1 : 1)};
     const int64_t grain = 1 + (1 << 15) / std::max<int64_t>(1, x.size(1) * x.size(2));  // rows that are worth a thread
     torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   });

@@ -13,7 +13,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from cosmo_fast import ops
-from cosmo_fast.models import fused
+from cosmo_fast.models import attention, fused
 from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Plan
@@ -143,11 +143,11 @@ def count(model):
     return {kind: sum(type(m) is kind for m in model.modules()) for kind in FUSED}
 
 
-FUSED = (fused.RMSNorm, fused.GatedMLP, fused.PatchProjection)
-# Norms, MLPs and patch projections of the models in tiny.py, text and tower; layer norms and GELU MLPs stay.
+FUSED = (fused.RMSNorm, fused.GatedMLP, fused.PatchProjection, attention.Attention, attention.VisionAttention)
+# Of the models in tiny.py, text and tower; layer norms, GELU MLPs and InternVL's tower stay.
 WANTED = {
-    "qwen2_vl": (5, 2, 1), "qwen2_5_vl": (10, 4, 1), "qwen3_vl": (13, 3, 1), "internvl": (5, 2, 0), "qwen2": (5, 2, 0),
-    "qwen3": (9, 2, 0), "llama": (5, 2, 0),
+    "qwen2_vl": (5, 2, 1, 2, 2), "qwen2_5_vl": (10, 4, 1, 2, 2), "qwen3_vl": (13, 3, 1, 3, 3),
+    "internvl": (5, 2, 0, 2, 0), "qwen2": (5, 2, 0, 2, 0), "qwen3": (9, 2, 0, 2, 0), "llama": (5, 2, 0, 2, 0),
 }  # fmt: skip
 
 

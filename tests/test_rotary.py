@@ -54,7 +54,8 @@ def test_the_bits_of_a_row_depend_on_that_row_alone_and_not_on_the_number_of_thr
             results.append(ops.rotary(q, k, cos, sin))
     finally:
         torch.set_num_threads(before)
-    alone = [torch.cat(x) for x in zip(*(ops.rotary(*(t[i : i + 1] for t in (q, k, cos, sin))) for i in range(700)))]
+    single = [ops.rotary(*(x[i : i + 1] for x in (q, k, cos, sin))) for i in range(700)]
+    alone = [torch.cat(x) for x in zip(*single, strict=True)]
     for a, b, c in zip(*results, alone, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 

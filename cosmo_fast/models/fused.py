@@ -1,4 +1,4 @@
-"""Modules of a transformers model that compute the same with less: norms, gated MLPs, attention and the patches' projection.
+"""Modules of a transformers model that compute the same with less: norms, gated MLPs, attention, patches' projections.
 
 A module's class is changed, on the instance: weights, names, hooks, what is saved and what PEFT matches stay, a
 deepcopy computes with its own weights, and no other model is touched.

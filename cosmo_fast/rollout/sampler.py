@@ -268,7 +268,7 @@ class _Call:
     def _leave(self) -> None:
         """Hands out the responses that have ended and frees what they held."""
         live, steps = self.live, self.params.max_completion_length
-        ended = np.isin(self.ids[live[:, SLOT], live[:, LENGTH] - 1], self.eos)
+        ended = (self.ids[live[:, SLOT], live[:, LENGTH] - 1, None] == self.eos).any(1)
         if self.stops:
             ended |= self.stops.completed([self.ids[slot, :n] for slot, n in live[:, [SLOT, LENGTH]]])
         leaving = ended | (live[:, LENGTH] == steps)
