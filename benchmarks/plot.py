@@ -211,6 +211,17 @@ def plain_table(rows: list[dict]) -> str:
     return f"{table}\n\n{below[:1].upper()}{below[1:]}." if below else table
 
 
+def selection_table(rows: list[dict]) -> str:
+    """Time of every selector, the others' over ours, and its share of the prefill that it shortens."""
+    prefill = {row["dtype"]: float(row["ms_p50"]) for row in rows if row["selector"] == "prefill"}
+    others, body = _beside_ours([row for row in rows if row["selector"] != "prefill"], ["selector", "dtype"])
+    for cells in body:
+        cells.append(f"{float(cells[2].removesuffix(' ms')) / prefill[cells[1]]:.2%}")
+    head = ["selector", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others), "share of the prefill"]
+    n, k, d = (rows[0][name] for name in ("n", "k", "d"))
+    return f"{_markdown(head, body)}\n\n{k} of {n} rows of {d}; the others' time over ours ({_source(rows[0])})."
+
+
 def prune_table(rows: list[dict]) -> str:
     """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
     metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
@@ -242,6 +253,7 @@ TABLES = {  # mark: (result file, its table)
     "train-growth": ("train.csv", train_growth_table),
     "attention-cuda": ("prefix_attention_cuda.csv", attention_table),
     "tolerance": ("row_tolerance.csv", plain_table),
+    "selection": ("vision_prune.csv", selection_table),
     "reproduce-prune": ("reproduce/prune.csv", prune_table),
 }
 
