@@ -151,6 +151,29 @@ def test_confidence_earns_most_when_it_is_the_chance_to_be_right():
     assert run("confidence", [sure(5)]) == [None]
 
 
+@pytest.mark.parametrize("level", ["1.2.3", "...", ".", "1e1", "-1", "٣.٣.٣"])
+def test_a_confidence_that_is_no_number_is_none_and_ends_no_run(level):
+    texts = [sure(level), f"{boxed(3)} Confidence: {level}x"]
+    assert run("confidence", texts, answer="3") == run("reliability", texts, answer="3") == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "name, text, columns",
+    [
+        ("reliability", "confidence: 1" + "." * 30000 + "x", {"answer": "3"}),
+        ("format_perception", "<description>" * 8000, {}),
+        ("consistency", "<think>" * 16000, {"facts": {"visual": ["red cat"]}}),
+        ("instruction", "</think>" + "a b c " * 2000, {"instructions": [{"kind": "order", "words": [*"abcz"]}]}),
+        ("instruction", "</think>" + "." * 30000 + "x y z", {"instructions": [{"kind": "sentences", "min": 2}]}),
+        ("instruction", "</think>" + "[" * 30000, {"instructions": [{"kind": "format", "format": "json"}]}),
+    ],
+)
+def test_a_text_made_to_cost_time_costs_none(name, text, columns):
+    started = time.perf_counter()
+    assert run(name, [text], **columns) == [0]
+    assert time.perf_counter() - started < 1
+
+
 def test_reliability_is_certain_when_right_and_uncertain_when_wrong():
     texts = [sure(6), sure(5), sure(6, "4"), sure(5, "4"), boxed(3), boxed(4)]
     assert run("reliability", texts, answer="3") == [1, 0, 0, 1, 0, 0]
@@ -175,6 +198,7 @@ def test_the_deliberative_reward_is_the_published_sum_and_nothing_without_the_fo
         ("First the cat, then the dog", {"kind": "order", "words": ["cat", "dog"]}, True),
         ("First the dog, then the cat", {"kind": "order", "words": ["cat", "dog"]}, False),
         ("the cat", {"kind": "order", "words": ["cat", "cat"]}, False),
+        ("a cat, a cathedral, a dog", {"kind": "order", "words": ["a cat", "a dog"]}, True),
         ("Well, thank you.", {"kind": "ends_with", "text": "Thank you."}, True),
         ("Thank you. Bye", {"kind": "ends_with", "text": "Thank you."}, False),
         ("Sure, it is.", {"kind": "starts_with", "text": "sure"}, True),
@@ -248,10 +272,16 @@ def test_the_table_rewards_a_true_and_helpful_answer_more_than_a_true_one(judge)
     assert RewardMix(format_weight=0)([""] * 3, texts, rows).total.tolist() == [1.5, 1.0, 0.5]
 
 
-@pytest.mark.parametrize("label", sorted(M3_RECIPES.keys() - {"general_rule"}))
+@pytest.mark.parametrize("label", sorted(M3_RECIPES.keys() - {"general_rule", "knowledge_rule"}))
 def test_no_label_is_rewarded_without_its_verifier(label):
     with pytest.raises(RewardError, match="rows.jsonl:1, row 0.*no column 'judge'"):
         RewardMix()([""], [boxed(3)], [{"label": label, "answer": "3"}], ["rows.jsonl:1"])
+
+
+def test_a_rule_grades_knowledge_without_a_judge_and_helpful_comes_with_one(judge):
+    rows = [{"label": "knowledge_rule", "answer": "3"}, {"label": "knowledge_rule", "answer": "3", "judge": "fake"}]
+    texts = [boxed(3), "<think>x</think>normal=safe"]
+    assert RewardMix(format_weight=0)([""] * 2, texts, rows).total.tolist() == [1.0, 0.5]
 
 
 def test_a_recipe_gates_its_rewards_and_says_what_is_wrong_with_a_gate(recipe, tmp_path, monkeypatch):

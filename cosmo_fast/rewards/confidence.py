@@ -7,7 +7,8 @@ from cosmo_fast.rewards.accuracy import accuracy
 from cosmo_fast.rewards.format import format_deliberative
 
 THRESHOLD = 5  # above it a response counts as certain (Deliberative Searcher, as reported for SafeWork-R1)
-_STATED = re.compile(r"<confidence>\s*([\d.]+)\s*</confidence>|confidence:\s*(\d[\d.]*)(?:\s*/\s*10)?\W*$", re.I)
+_NUMBER = r"(\d{1,2}(?:\.\d{1,9})?)"  # bounded: a run of dots costs no time
+_STATED = re.compile(rf"<confidence>\s*{_NUMBER}\s*</confidence>|confidence:\s*{_NUMBER}(?:\s*/\s*10)?\W*$", re.I)
 
 
 def stated_confidence(completion: str) -> float | None:
@@ -44,8 +45,8 @@ def deliberative(
 ) -> list[float | None]:
     """r = r_format·(0.1·r_format + 0.9·r_acc + λ·r_reliab) (Deliberative Searcher, arXiv 2507.16727).
 
-    r_format: `format_deliberative`; r_acc: `accuracy`; λ: `multiplier`, which `objectives.adapted_multiplier` adapts so
-    that few answers are certain and wrong. None on rows where `accuracy` is None.
+    r_format: `format_deliberative`; r_acc: `accuracy`; λ: `multiplier`, a constant. A λ that adapts is a constraint on
+    `reliability` beside this reward at multiplier 0: without r_format before its term. None where `accuracy` is None.
     """
     shaped = format_deliberative(prompts, completions)
     right, reliable = (reward(prompts, completions, **columns) for reward in (accuracy, reliability))

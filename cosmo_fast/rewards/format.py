@@ -47,8 +47,8 @@ def _tagged(text: str, *names: str) -> bool:
 
 def section(text: str, name: str) -> str:
     """The content of the only `<name>…</name>` in text; "" without one, with several, or when it is not closed."""
-    found = re.findall(f"<{name}>(.*?)</{name}>", text, re.DOTALL)
-    return found[0].strip() if len(found) == text.count(f"<{name}>") == 1 else ""
+    inner, closed, _ = text.partition(f"<{name}>")[2].partition(f"</{name}>")
+    return inner.strip() if closed and text.count(f"<{name}>") == 1 else ""
 
 
 def _well_formed(text: str) -> bool:

@@ -42,13 +42,18 @@ def _world(answer: str, columns: Mapping[str, Any]) -> str:
 JUDGES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {"world": _world}
 
 
-def _by_verdict(asked: str, labels: Sequence[str]) -> Callable[..., list[float | None]]:
-    """The reward VERDICTS[asked] of the judge's verdict on rows with one of the labels; None elsewhere."""
+def _by_verdict(asked: str, labels: Sequence[str], judged_only: str = "") -> Callable[..., list[float | None]]:
+    """The reward VERDICTS[asked] of the judge's verdict on rows with one of the labels; None elsewhere.
+
+    judged_only: a further label, whose rows need no judge; None on those without one.
+    """
 
     def reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
         worth = VERDICTS[asked]
         return [
-            worth[judged(answer_text(text), row, asked=asked)] if row.get("label") in labels else None
+            worth[judged(answer_text(text), row, asked=asked)]
+            if row.get("label") in labels or (row.get("label") == judged_only and row.get("judge") is not None)
+            else None
             for row, text in zip(rows_of(columns, len(completions)), completions, strict=True)
         ]
 
@@ -56,7 +61,7 @@ def _by_verdict(asked: str, labels: Sequence[str]) -> Callable[..., list[float |
 
 
 safety, value, knowledge, general = (_by_verdict(name, (name,)) for name in ("safety", "value", "knowledge", "general"))
-helpful = _by_verdict("normal", ("normal", "knowledge", "knowledge_rule"))
+helpful = _by_verdict("normal", ("normal", "knowledge"), judged_only="knowledge_rule")  # a rule grades those
 
 
 def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked: str | None = None) -> str:
