@@ -70,6 +70,7 @@ def test_every_shipped_recipe_is_valid(name):
         ),
         (["--stages.rl.format_weight={fromm: 1, to: 0}"], r"'stages.rl.format_weight.fromm'; did you mean 'from'"),
         (["--stages.rl.format_weight=-1"], "format_weight=-1.0 must not be negative"),
+        (["--stages.rl.reward_recipe={'*': {accuracy: {from: 1, to: -1}}}"], "accuracy=.* must not be negative"),
         (["--stages.warm.max_steps", "1"], "no stage is named 'warm'; stages: cold, rl"),
         (["--stages.rl", "1"], "name a stage and a setting"),
         (["--output_dir.x", "1"], "'output_dir' is a single value"),

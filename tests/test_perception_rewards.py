@@ -146,7 +146,8 @@ def test_the_drop_is_positive_for_responses_to_the_picture_and_negative_for_thos
     prompts = [Encoder(policy).prompt(row) for row in load_rows(small_world / "rl.jsonl", limit=16)]
     owner = [p for p in prompts for _ in range(4)]
     drops = {}
-    for kind, shown in (("seeing", vision), ("blind", SimpleNamespace(features=vision.blank))):
+    dark = SimpleNamespace(features=lambda media, alone: vision.blank(media))
+    for kind, shown in (("seeing", vision), ("blind", dark)):
         groups = Sampler(policy, shown).generate(prompts, SamplingParams(12), num_generations=4, seed=1)
         completions = [c for group in groups for c in group]
         if kind == "blind":  # a response that ignores the picture, scored with it

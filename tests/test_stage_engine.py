@@ -76,6 +76,18 @@ def test_a_rule_holds_on_the_mean_of_a_full_window():
     stage = StageConfig(**RL, stop={"metric": "rewrad", "above": 1})
     with pytest.raises(ValueError, match="no metric is named 'rewrad'; there are reward, rollout/kl"):
         StageState.of(stage).note(stage, {"reward": 1.0, "rollout/kl": 0.0}, 1)
+    with pytest.raises(ValueError, match="no metric is named 'stage'"):
+        stage = StageConfig(**RL, stop={"metric": "stage", "above": 1})
+        StageState.of(stage).note(stage, {"stage": "rl", "rollout/kl": 0.0}, 1)
+
+
+def test_a_rate_over_no_row_of_a_rollout_is_no_value_of_its_metric():
+    stage = StageConfig(**RL, stop={"metric": "accuracy", "above": 0.5, "window": 2})
+    state = StageState.of(stage)
+    for value, ends in ((0.9, False), (None, False), (0.7, True)):
+        state.note(stage, {"accuracy": value, "rollout/kl": 0.0}, 1)
+        state.verdict(stage)
+        assert (state.ended is not None) == ends
 
 
 def test_rules_and_best_values_follow_their_metric():

@@ -155,9 +155,10 @@ class StageConfig(Strict):
         """ValueError for rules that contradict each other, have no effect, or fall inside a rollout."""
         if self.label_weights and not sum(self.label_weights.values()):
             raise ValueError(f"label_weights={self.label_weights} leave nothing to draw")
-        weight = self.format_weight
-        if min((weight.start, weight.to) if isinstance(weight, Schedule) else (weight,)) < 0:
-            raise ValueError(f"format_weight={weight} must not be negative")
+        weights = {f"{label}.{n}": w for label, by_name in (self.reward_recipe or {}).items() for n, w in by_name.items()}
+        for name, weight in {"format_weight": self.format_weight, **weights}.items():
+            if min((weight.start, weight.to) if isinstance(weight, Schedule) else (weight,)) < 0:
+                raise ValueError(f"{name}={weight} must not be negative")
         for name in ("eval_steps", "reference_refresh_steps"):
             steps = getattr(self, name)
             if steps and steps % self.updates_per_rollout:

@@ -64,7 +64,9 @@ class StageState:
             ValueError: a rule reads a metric that such rows do not have.
         """
         for rule in {rule.metric: rule for rule in rules(stage)}.values():
-            if rule.metric in row:
+            if rule.metric in row and not isinstance(row[rule.metric], str):
+                if row[rule.metric] is None:  # a rate over no row of this rollout
+                    continue
                 values = self.recent.setdefault(rule.metric, [])
                 values.append(row[rule.metric])
                 del values[: -max(r.window for r in rules(stage) if r.metric == rule.metric)]
