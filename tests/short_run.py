@@ -35,7 +35,7 @@ def whole_and_resumed(recipe, flags, folder, monkeypatch):
     def stops(self, *arguments):
         if self.global_step == AT:
             raise KeyboardInterrupt
-        step(self, *arguments)
+        return step(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", stops)

@@ -155,7 +155,9 @@ class StageConfig(Strict):
         """ValueError for rules that contradict each other, have no effect, or fall inside a rollout."""
         if self.label_weights and not sum(self.label_weights.values()):
             raise ValueError(f"label_weights={self.label_weights} leave nothing to draw")
-        weights = {f"{label}.{n}": w for label, by_name in (self.reward_recipe or {}).items() for n, w in by_name.items()}
+        weights = {
+            f"{label}.{n}": w for label, by_name in (self.reward_recipe or {}).items() for n, w in by_name.items()
+        }
         for name, weight in {"format_weight": self.format_weight, **weights}.items():
             if min((weight.start, weight.to) if isinstance(weight, Schedule) else (weight,)) < 0:
                 raise ValueError(f"{name}={weight} must not be negative")

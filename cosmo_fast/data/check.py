@@ -12,7 +12,7 @@ from typing import Any
 from cosmo_fast.config import Config, ConfigError, StageConfig
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import Row, load_rows
-from cosmo_fast.data.sources import read, world_resolver
+from cosmo_fast.data.sources import fit, read, world_resolver
 from cosmo_fast.distributed import Ranks
 from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy, load_policy
@@ -84,7 +84,7 @@ def _as_read_by(stage: StageConfig | None, config: Config, policy: Policy) -> Ca
     """The check of a row as ``stage`` will take it, or the evaluation (None)."""
     from cosmo_fast.trainer import Trainer  # it imports this module
 
-    bounds = {name: getattr(config, name) for name in ("max_prompt_length", "max_completion_length")}
+    bounds = {n: getattr(config, n) for n in ("max_prompt_length", "max_completion_length", "vision_prune")}
     encoder, given = Encoder(policy, **bounds), SimpleNamespace(config=config, reward_funcs={})
     mix = Trainer._reward_mix(given, stage) if stage and stage.kind == "rl" else None
 
@@ -93,6 +93,7 @@ def _as_read_by(stage: StageConfig | None, config: Config, policy: Policy) -> Ca
         if stage is None:
             score([row.columns], [""])
             return
+        fit({row.source: ([row], 1.0)}, stage, whole=False)
         if mix:
             check_rewards(row.source, mix, [row])
         responses = [[0] * config.max_completion_length] * stage.num_generations if mix else [encoder.target(row)]

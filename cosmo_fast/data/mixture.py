@@ -79,13 +79,17 @@ class Mixture(Generic[Item]):
 
 
 def by_label(
-    sources: dict[str, tuple[list[Item], float]], weights: Mapping[str, float], label: Callable[[Item], str | None]
+    sources: dict[str, tuple[list[Item], float]],
+    weights: Mapping[str, float],
+    label: Callable[[Item], str | None],
+    whole: bool = True,
 ) -> dict[str, tuple[list[Item], float]]:
     """The sources taken apart by label, so that what is drawn has the labels in these proportions.
 
     Args:
         sources: name -> (items, weight). weights: label -> its share; ``"*"`` stands for all other labels and none; 0
-            leaves a label out. label: of an item. Within a label the sources keep their proportions.
+            leaves a label out. label: of an item. Within a label the sources keep their proportions. whole: these are
+            all items, so that every label with a weight must be among them.
 
     Returns:
         ``name#label`` -> (items, weight).
@@ -101,7 +105,7 @@ def by_label(
                 known = ", ".join(weights)
                 raise ValueError(f"label_weights ({known}) has no weight for the label {label(item)!r} in {name}")
             parts.setdefault(kind, {}).setdefault(name, []).append(item)
-    if missing := [kind for kind in weights if kind not in parts and kind != "*"]:
+    if whole and (missing := [kind for kind in weights if kind not in parts and kind != "*"]):
         raise ValueError(f"label_weights: no row of {', '.join(sources)} has the label(s) {missing}")
     result = {}
     for kind, held in parts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cosmo_fast.config import Config, ConfigError
+from cosmo_fast.config import Config, ConfigError, StageConfig
 from cosmo_fast.data.mixture import by_label
 from cosmo_fast.data.rows import Row, load_rows
 from cosmo_fast.distributed import Ranks
@@ -62,17 +62,25 @@ def load_stages(config: Config, given: dict[str, list[Row]], resolve) -> dict[st
                 if key not in read_before:
                     read_before[key] = read(config, resolve(config.data_path(path)), needs_answer=stage.kind == "sft")
                 found[path] = (read_before[key], weight)
-        if stage.label_weights:
-            try:
-                found = by_label(found, stage.label_weights, lambda row: row.columns.get("label"))
-            except ValueError as error:
-                raise ConfigError(f"stage {stage.name!r}: {error}") from error
-        if stage.curriculum:
-            for rows, _ in found.values():
-                for row in rows:
-                    _difficulty(row, stage.curriculum.column)
-        stages[stage.name] = found
+        stages[stage.name] = fit(found, stage)
     return stages
+
+
+def fit(found: dict[str, tuple[list[Row], float]], stage: StageConfig, whole: bool = True):
+    """The files as the stage draws from them; ``whole``: they are all that it has.
+
+    Raises:
+        ConfigError: label weights or a curriculum do not fit the rows.
+    """
+    if stage.curriculum:
+        for row in (row for rows, _ in found.values() for row in rows):
+            _difficulty(row, stage.curriculum.column)
+    if not stage.label_weights:
+        return found
+    try:
+        return by_label(found, stage.label_weights, lambda row: row.columns.get("label"), whole)
+    except ValueError as error:
+        raise ConfigError(f"stage {stage.name!r}: {error}") from error
 
 
 def _difficulty(row: Row, column: str) -> None:
