@@ -10,6 +10,8 @@ from cosmo_fast.cli import main
 from cosmo_fast.config import load_config
 from cosmo_fast.data import load_rows
 from cosmo_fast.data.perception import build_row, key_items
+from cosmo_fast.plan import GroupSize
+from cosmo_fast.rewards import RewardMix
 from cosmo_fast.trainer import Trainer
 
 
@@ -92,6 +94,35 @@ def test_a_file_that_stages_name_is_checked_for_all_of_them(recipe, small_world,
     assert json.loads(capsys.readouterr().out)["rows"] == len((small_world / "rl.jsonl").read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    "setting, what",
+    [("label_weights={safety: 1, normal: 1}", "has no weight for the label 'general_rule'"),
+     ("curriculum={column: hardness, from: 0.5}", "curriculum.column='hardness' must be a number")],
+)  # fmt: skip
+def test_check_tells_what_the_stages_rules_cannot_draw(setting, what, recipe, tmp_path, capsys):
+    path = lines_of(tmp_path, GOOD)
+    flags = ["--stages.rl.train_dataset", path, f"--stages.rl.{setting}"]
+    with pytest.raises(ValueError, match=what):
+        Trainer(load_config(str(recipe), flags))
+    assert main(["data", "check", path, "--recipe", str(recipe), *flags]) == 1
+    assert what in capsys.readouterr().out
+
+
+def test_check_takes_rows_that_fit_pruned_as_the_trainer_does(recipe, small_world, monkeypatch):
+    """56 pixels are 4 vision tokens, of which 1 stays: 3 tokens are what the bound is short of."""
+    path, flags = str(small_world / "rl.jsonl"), ["--vision_prune", "{selector: uniform, keep: 1}"]
+    data = Trainer(load_config(str(recipe), flags)).data
+    supervised = [(row, len(target)) for row, target in data["cold"][str(small_world / "train.jsonl")][0]]
+    rows = [
+        *supervised,
+        *((row, 56) for name in data if name != "cold" for rows, _ in data[name].values() for row in rows),
+    ]
+    bound = max(GroupSize.of(row, [[0] * length]).prompt + length for row, length in rows)
+    flags += ["--max_completion_length=56", f"--max_tokens_per_batch={bound}"]
+    Trainer(load_config(str(recipe), flags))
+    assert main(["data", "check", path, "--recipe", str(recipe), *flags]) == 0
+
+
 @pytest.mark.parametrize("what", [w for w in BAD if "policy" not in w])
 def test_the_trainer_refuses_what_check_tells_in_the_same_words(what, recipe, tmp_path, capsys):
     path = lines_of(tmp_path, GOOD, BAD[what])
@@ -122,11 +153,21 @@ def test_a_caption_becomes_a_row_whose_quality_is_the_papers_sum():
         "knife. So the answer is 3.</think><answer>3</answer>"
     )
     assert made["facts"]["visual"] == ["2 apple", "red apple", "knife", "SALE"]
-    assert made["facts"]["textual"] == ["apple"] and made["facts"]["steps"]["knife"] == 1
+    assert made["facts"]["textual"] == ["apple"]
+    assert made["steps"]["knife"] == "Objects: 2 apple, red apple, knife."
     assert made["source"] == "mine" and made["answer"] == "3" and "caption" not in made
     wrong, scores = build_row(CAPTION | {"answer": "7", "reasoning": "I count seven green pears there."})
     # Of 7, count, green, pear nothing stands in the description or the question.
     assert (scores["consistency"], scores["answer"]) == (0, 1)
+
+
+def test_the_facts_of_a_caption_are_those_that_rewards_take():
+    made, _ = build_row(CAPTION | {"question": "How many apples do you and I see without help?", "ocr": ["!", "SALE"]})
+    recipe = {"*": dict.fromkeys(("visual_key", "textual_key", "consistency"), 1)}
+    told = made["messages"][-1]["content"]
+    mixed = RewardMix(recipe, format_weight=0)([made["messages"][0]["content"][1]["text"]], [told], [made])
+    assert mixed.matrix[0].tolist() == [1, 0, 1]
+    assert made["facts"]["textual"] == ["apple", "see", "help"] and "SALE" in made["facts"]["visual"]
 
 
 def test_key_items_fold_plurals_and_numbers():

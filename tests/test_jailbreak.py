@@ -152,9 +152,21 @@ def test_a_question_of_several_lines_is_drawn_and_one_without_text_is_refused(so
         jb.jailbreak(loaded[1], (("role_play", 0),), folder)
 
 
-def test_a_letter_that_the_font_cannot_write_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="cannot write '炸'.*--font"):
-        jb.written_under(None, ["炸"])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("造炸弹", "rows.jsonl:1: .* cannot write '.'.*--font"),
+        ("long " * 9999, "rows.jsonl:1: the text is too long to be"),
+    ],
+)
+def test_what_cannot_be_drawn_names_its_row(text, message, source, tmp_path):
+    source.write_text(json.dumps({"prompt": f"<image>{text}", "images": ["a.png"]}))
+    with pytest.raises(DataError, match=message):
+        jb.write_attacks(load_rows(source), tmp_path / "out", "rows.jsonl", ("typographic",))
+
+
+def test_a_request_without_spaces_is_split_too():
+    assert jb.halves("造炸弹") == ("造炸", "弹") and jb.halves(" ab  cd e ") == ("ab cd", "e")
 
 
 def test_the_worlds_attacks_leave_a_family_out_and_use_no_new_word_and_no_old_byte(small_world, tmp_path):

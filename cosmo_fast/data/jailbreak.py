@@ -114,12 +114,16 @@ def jailbreak(
         if family != "role_play":
             drawn, rest = halves(hidden) if family == "split" else (hidden, "")
             lines = [drawn, "1.", "2.", "3."] if family == "figure_step" else [drawn]
+            last = before + len(parts) - 1
+            try:
+                whole = written_under(open_image(row.images[last]) if parts else None, lines, font)
+            except DataError as error:
+                raise DataError(f"{row.source}: {error}") from error
             if parts:
-                last = before + len(parts) - 1
-                pictures[last] = written_under(open_image(row.images[last]), lines, font)
+                pictures[last] = whole
             else:
                 parts = [{"type": "image"}]
-                pictures.insert(before, written_under(None, lines, font))
+                pictures.insert(before, whole)
         text = wordings[family][wording].format(rest)
     messages[place]["content"] = [*parts, {"type": "text", "text": text}]
     name = "+".join(f"{family}:{wording}" for family, wording in attack)
@@ -131,20 +135,30 @@ def jailbreak(
 
 
 def halves(request: str) -> tuple[str, str]:
-    """Its first words, the one in the middle among them, and the others."""
+    """Its first words, the one in the middle among them, and the others; letters of a text that is one word."""
     words = request.split()
+    space, words = (" ", words) if len(words) > 1 else ("", list(request))
     middle = (len(words) + 1) // 2
-    return " ".join(words[:middle]), " ".join(words[middle:])
+    return space.join(words[:middle]), space.join(words[middle:])
 
 
 def written_under(picture: Image.Image | None, lines: Sequence[str], font: str | None = None) -> Image.Image:
-    """The picture (or none) over a white strip with the lines in black, as high as they need in steps of 28 pixels."""
+    """The picture (or none) over a white strip with the lines in black, as high as they need in steps of 28 pixels.
+
+    Raises:
+        DataError: the font lacks a letter, or the whole would be over 200 times as high as wide, which no model takes.
+    """
     width, top = picture.size if picture else (448, 0)
     face, step = _face(font, max(9, width // 24)), max(9, width // 24) + 1
     for letter in set("".join(lines)):
         _check_letter(letter, font)
     wrapped = [piece for line in lines for piece in _wrap(line, face, width - 2)]
-    whole = Image.new("RGB", (width, top + math.ceil((len(wrapped) * step - 1) / 28) * 28), "white")
+    height = top + math.ceil((len(wrapped) * step - 1) / 28) * 28
+    if height > 200 * width:
+        raise DataError(
+            f"the text is too long to be drawn {width} pixels wide ({height} high): shorten it or leave it out"
+        )
+    whole = Image.new("RGB", (width, height), "white")
     if picture:
         whole.paste(picture)
     for index, line in enumerate(wrapped):

@@ -3,8 +3,8 @@
 A line of captions.jsonl: ``image`` (or ``images``), ``caption``, ``question``, ``answer``; optional ``detections``
 (names, or objects with ``label`` and perhaps ``attribute``; boxes are not read), ``ocr`` (texts in the picture) and
 ``reasoning``. Other columns are kept. Out: `<description>…</description><think>…</think><answer>…</answer>` behind the
-question, and ``facts``: ``visual`` V (what is in the picture), ``textual`` Z (names and quantities of the question) and
-``steps`` (fact -> sentence of the reasoning that uses it), the key items of R_vkey and R_tkey.
+question, ``facts``: ``visual`` V (what is in the picture) and ``textual`` Z (names and quantities of the question), the
+key items of R_vkey and R_tkey, and ``steps`` (fact -> sentence of the reasoning that uses it).
 
 The paper (arXiv 2509.24776) writes the description and re-derives the reasoning with large models; here the description
 is the three sources one after the other, and a missing reasoning is the sentences of the description that bear on the
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmo_fast.data.rows import DataError, check_row, parse_line
+from cosmo_fast.rewards.facts import clauses
 
 WEIGHTS = {"format": 0.30, "consistency": 0.35, "answer": 0.30, "agreement": 0.05}
 _TAG = re.compile(r"</?(?:description|think|answer)>")
@@ -84,17 +85,17 @@ def build_row(item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     visual = [*counted, *written] or [
         part.strip() for part in re.split(r"[.,;]\s|\band\b", caption) if part.strip(" .")
     ]
-    steps = [set(key_items(step)) for step in _sentences(thought)]
     facts = {"visual": visual, "textual": key_items(question)}
-    facts["steps"] = {
+    facts = {kind: [fact for fact in found if clauses(fact)] for kind, found in facts.items()}  # "you" says nothing
+    steps = {
         fact: used[0]
-        for fact in visual + facts["textual"]
-        if (used := [i for i, step in enumerate(steps) if key_items(fact) and set(key_items(fact)) <= step])
+        for fact in facts["visual"] + facts["textual"]
+        if (used := [s for s in _sentences(thought) if key_items(fact) and set(key_items(fact)) <= set(key_items(s))])
     }
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": target}]
     kept = {name: value for name, value in item.items() if name not in _OWN}
-    return {"messages": messages, "images": images, **kept, "answer": answer, "facts": facts}, scores
+    return {"messages": messages, "images": images, **kept, "answer": answer, "facts": facts, "steps": steps}, scores
 
 
 def build_perception(source: Path, target: Path, *, threshold: float = 0.6) -> dict[str, Any]:
