@@ -10,7 +10,6 @@ from cosmo_fast.cli import main
 from cosmo_fast.config import load_config
 from cosmo_fast.data import load_rows
 from cosmo_fast.data.perception import build_row, key_items
-from cosmo_fast.plan import GroupSize
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.trainer import Trainer
 
@@ -108,17 +107,13 @@ def test_check_tells_what_the_stages_rules_cannot_draw(setting, what, recipe, tm
     assert what in capsys.readouterr().out
 
 
-def test_check_takes_rows_that_fit_pruned_as_the_trainer_does(recipe, small_world, monkeypatch):
-    """56 pixels are 4 vision tokens, of which 1 stays: 3 tokens are what the bound is short of."""
-    path, flags = str(small_world / "rl.jsonl"), ["--vision_prune", "{selector: uniform, keep: 1}"]
-    data = Trainer(load_config(str(recipe), flags)).data
-    supervised = [(row, len(target)) for row, target in data["cold"][str(small_world / "train.jsonl")][0]]
-    rows = [
-        *supervised,
-        *((row, 56) for name in data if name != "cold" for rows, _ in data[name].values() for row in rows),
-    ]
-    bound = max(GroupSize.of(row, [[0] * length]).prompt + length for row, length in rows)
-    flags += ["--max_completion_length=56", f"--max_tokens_per_batch={bound}"]
+def test_check_takes_rows_that_fit_pruned_as_the_trainer_does(recipe, tmp_path):
+    """448 pixels are 64 vision tokens, of which one stays."""
+    Image.new("RGB", (448, 448)).save(tmp_path / "large.png")
+    path = lines_of(tmp_path, row(label="general_rule", answer="3", images=["large.png"]))
+    flags = [f"--stages.rl.train_dataset={path}", "--max_completion_length=56", "--max_tokens_per_batch=110"]
+    assert main(["data", "check", path, "--recipe", str(recipe), *flags]) == 1
+    flags += ["--vision_prune={selector: uniform, keep: 1}"]
     Trainer(load_config(str(recipe), flags))
     assert main(["data", "check", path, "--recipe", str(recipe), *flags]) == 0
 
