@@ -78,6 +78,9 @@ def test_a_recipe_brings_lengths_answers_and_its_own_labels_without_loading_weig
     assert "rows.jsonl:1: " in capsys.readouterr().out
     assert main([*given, "--stage", "rl", "--stages.rl.reward_recipe", "{safety: {accuracy: 1}}"]) == 1
     assert "rows.jsonl:1: row (label 'general_rule') has a label without a recipe" in capsys.readouterr().out
+    pruned = ["--vision_prune.selector=frame_difference", "--vision_prune.keep=0.5"]
+    assert main([*given, "--stage", "rl", *pruned]) == 1
+    assert "rows.jsonl:1: vision_prune.selector=frame_difference takes" in capsys.readouterr().out
     assert main(given) == 2 and "--stage" in capsys.readouterr().err
     assert main([*given[:3], "--recipe", str(recipe), "--stage", "none"]) == 2
 
