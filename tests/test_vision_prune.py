@@ -206,6 +206,7 @@ def test_texts_are_those_of_the_prompts_where_prompts_are_given():
 def test_kept_counts_are_exact_and_a_budget_is_divided_by_largest_remainder():
     assert kept_counts([1000, 7, 0, 1], 0.1).tolist() == [100, 1, 0, 1]
     assert kept_counts([300], 1 / 3).tolist() == [100] and kept_counts([49], 0.07).tolist() == [4]
+    assert kept_counts([5, 9], 2**70).tolist() == [5, 9] and kept_counts([], 2**70).tolist() == []
     assert kept_counts([5, 0, 9], 7).tolist() == [5, 0, 7] and kept_counts([5, 9], 0).tolist() == [0, 0]
     assert kept_counts([10, 10, 10, 6], 10, [0, 0, 0, 5]).tolist() == [4, 3, 3, 6]
     assert kept_counts([30, 10, 20], 7, [3, 9, 3]).tolist() == [4, 7, 3]

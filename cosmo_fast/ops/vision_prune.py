@@ -45,7 +45,7 @@ def kept_counts(
         raise ValueError(f"counts must not be negative, got {counts.min()}")
     if isinstance(keep, Integral) and not isinstance(keep, bool) and keep >= 0:
         if prompts is None:
-            return np.minimum(counts, int(keep))
+            return np.minimum(counts, min(int(keep), counts.max(initial=0)))
         prompts, kept = _integers("prompts", prompts, len(counts)), counts.copy()
         for prompt in np.unique(prompts):
             images = np.flatnonzero(prompts == prompt)
