@@ -49,6 +49,8 @@ class VisionPrune(BaseModel):
         pairs = dict(pair.partition("=")[::2] for pair in text.split(","))
         try:
             return cls(**{name.strip(): yaml.safe_load(value) for name, value in pairs.items()})
+        except yaml.YAMLError as error:
+            raise ValueError(f"--vision-prune {text!r}: a value cannot be read: {error}") from error
         except ValidationError as error:
             said = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
             raise ValueError(f"--vision-prune {text!r}: {said}") from error

@@ -179,6 +179,27 @@ def test_a_prompt_keeps_the_same_rows_whatever_its_batch_mates(tmp_path, setting
     assert [c.ids.tolist() for g in again for c in g] == [c.ids.tolist() for g in whole for c in g]
 
 
+def test_a_choice_that_a_prompt_brings_stays_beside_prompts_that_wait_for_theirs(tmp_path):
+    policy, _, prompts = make_world(tmp_path)
+    brought = prompts[0].keep(np.arange(6))
+    [[first], [last]] = sampled(policy, [brought, prompts[-1]], n=1)
+    assert first.kept is brought.kept and last.kept.rows.tolist() != [] and (last.kept.hash != first.kept.hash)
+
+
+@pytest.mark.parametrize("selector", ["attention", "key_norm"])
+def test_a_matrix_product_whose_rounding_depends_on_its_rows_changes_no_choice(tmp_path, selector, monkeypatch):
+    policy, _, prompts = make_world(tmp_path, setting=VisionPrune(selector=selector, keep=0.5))
+    projection = policy.model.get_decoder().layers[0].self_attn.k_proj
+    call = projection.forward
+    monkeypatch.setattr(projection, "forward", lambda x: call(x) * (1 + x.shape[-2] % 7 * call(x).sin()))
+    rows = []
+    for some in ([0], [0, 1, 2], [0, 3], [2, 0]):
+        plan = Plan([prompts[i] for i in some])
+        prune.choose(policy, plan, Vision(policy).features(plan.media, alone=True))
+        rows.append(plan.prompts[some.index(0)].kept.rows.tolist())
+    assert rows.count(rows[0]) == 4, rows
+
+
 @pytest.mark.parametrize("setting", [HALF, INSIDE])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_is_alone_and_two_phases_are_one(tmp_path, setting, checkpointing):
@@ -356,6 +377,8 @@ def test_generate_and_evaluate_prune(small_world, capsys):
     assert "vision_prune.layer=40: the language model has the layers 0 to" in capsys.readouterr().err
     assert cli.main([*ask, "--vision-prune", "selector=best,keep=0.5"]) == 2
     assert "selector Input should be 'uniform', 'random', 'max_min'" in capsys.readouterr().err
+    assert cli.main([*ask, "--vision-prune", "selector=uniform,keep=[1"]) == 2
+    assert "--vision-prune 'selector=uniform,keep=[1': a value cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

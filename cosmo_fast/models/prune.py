@@ -63,6 +63,9 @@ def _counts(setting: VisionPrune, media: tuple[Media, ...]) -> list[int]:
 def choose(policy, plan: Plan, features: torch.Tensor, layer=None, states=None) -> None:
     """Chooses the vision rows of all prompts of ``plan``, in place; a prompt's do not depend on the others'.
 
+    Inside the language model they depend on them as the layers below do, which take all prompts in one pass: by a
+    rounding.
+
     Args:
         features: (m, ...) of ``plan.media``. layer: the decoder layer that the rows would enter; by default the first.
         states: of the plan's tokens as they enter it, (T, d), and their rotary (cos, sin), each (1, T, D).
@@ -120,8 +123,13 @@ def _entering(policy, plan: Plan, features: torch.Tensor) -> tuple:
 class _Tap:
     """Attention that only notes the queries and keys it is given."""
 
+    def __init__(self):
+        self.queries, self.keys = [], []
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        self.query, self.key, self.scale = q, k, scale
+        self.queries.append(q)
+        self.keys.append(k)
+        self.scale = scale
         return torch.zeros_like(q)
 
 
@@ -131,15 +139,16 @@ def _attention(layer, plan: Plan, setting: VisionPrune, states: torch.Tensor, ro
     They ask from the text behind a picture, or, where a prompt ends in it, from its last row.
     """
     tap, device = _Tap(), states.device
-    n = int(plan.full_lengths.sum())
-    layer.self_attn(
-        hidden_states=layer.input_layernorm(states[None, :n]),
-        position_embeddings=tuple(x[..., :n, :] for x in rotary),
-        attention_mask=None,
-        plan=tap,
-    )
-    vision = plan.tensor("image_rows", device)
-    given: dict = {"key": tap.key.index_select(0, vision)}
+    for start, length in zip(plan.full_starts.tolist(), plan.full_lengths.tolist(), strict=True):
+        own = slice(start, start + length)  # by itself: a product's last bits depend on how many rows it has
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(states[None, own]),
+            position_embeddings=tuple(x[..., own, :] for x in rotary),
+            attention_mask=None,
+            plan=tap,
+        )
+    keys = torch.cat(tap.keys)
+    given: dict = {"key": keys.index_select(0, plan.tensor("image_rows", device))}
     if setting.selector == "key_norm":
         return given
     rows, table, counts = [], [], []
@@ -152,8 +161,8 @@ def _attention(layer, plan: Plan, setting: VisionPrune, states: torch.Tensor, ro
                 table.append([sum(map(len, rows)), len(run), start, int(run[-1]) + 1, 0, 0])
                 rows.append(start + run)
             counts.append(len(asking))
-    query = tap.query.index_select(0, torch.from_numpy(np.concatenate(rows)).to(device))
-    lse = prefix_lse(query, tap.key, Segments(np.array(table, dtype=np.int64)), scale=tap.scale)
+    query = torch.cat(tap.queries).index_select(0, torch.from_numpy(np.concatenate(rows)).to(device))
+    lse = prefix_lse(query, keys, Segments(np.array(table, dtype=np.int64)), scale=tap.scale)
     return given | {
         "query": query, "lse": lse, "query_counts": np.array(counts, dtype=np.int64), "scale": tap.scale
     }  # fmt: skip

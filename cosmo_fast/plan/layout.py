@@ -164,8 +164,9 @@ class Plan:
         return any(p.kept and p.kept.rows is None for p in self.prompts)
 
     def choose(self, rows: Sequence[np.ndarray | None]) -> None:
-        """The vision rows of every prompt, None for one that keeps all."""
-        self.prompts = [p if r is None else p.keep(r) for p, r in zip(self.prompts, rows, strict=True)]
+        """The vision rows of every prompt, None for one that keeps all; those that were chosen before stay."""
+        chosen = zip(self.prompts, rows, strict=True)
+        self.prompts = [p if r is None or p.kept.rows is not None else p.keep(r) for p, r in chosen]
         self._take()
 
     def _take(self) -> None:
