@@ -3,6 +3,7 @@
 // fit.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -239,6 +240,7 @@ Tensor vision_greedy_cuda(const Tensor& features, const Tensor& counts, const Te
   Tensor places = bytes(8 * int64_t(table.size())), units = bytes(2 * (n + texts) * d),
          small = bytes(4 * (3 * n + texts));
   Tensor large = bytes(8 * (4 * scores + factors)), sums = bytes(4 * images * d);
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());  // launches go where it points
   void* stream_pointer;
   aoti_torch_get_current_cuda_stream(features.get_device_index(), &stream_pointer);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
@@ -255,7 +257,7 @@ Tensor vision_greedy_cuda(const Tensor& features, const Tensor& counts, const Te
   }
   int most = 0;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, features.get_device_index()));
-  const int64_t vector = (d + 1) / 2 * 4, shared_rows = (most - 32768 - vector) / 4;  // `largest` has up to 16 KiB
+  const int64_t vector = (d + 1) / 2 * 4, shared_rows = (most - 32768 - vector) / 4;  // `largest`, twice, has 28 KiB
   int64_t longest = 0;
   for (int64_t b = 0; b < images; ++b) longest = count[b] <= shared_rows && count[b] > longest ? count[b] : longest;
   const int size = int(vector + 4 * longest);
