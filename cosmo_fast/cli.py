@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("--image-root", help="folder of the pictures; default: the folder of DATA")
     judging.add_argument("--limit", type=positive, help="first rows only")
     judging.add_argument("--plain", help="the file that DATA's attacked rows were made of: does each attack count?")
+    judging.add_argument("--search", help="a JSONL corpus that answers <search> and <read>, as a recipe's tools")
     judging.add_argument("--trained-on", nargs="+", help="files of the model's training: is any token of DATA in none?")
     data_commands.add(commands)
     asking = commands.add_parser("generate", help="a completion for one prompt")
@@ -77,6 +78,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from cosmo_fast.data import load_rows
     from cosmo_fast.evaluate.run import evaluate as run
     from cosmo_fast.models import load_policy
+    from cosmo_fast.search import Search
 
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
     policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
@@ -85,6 +87,7 @@ def evaluate(options: argparse.Namespace) -> None:
     asked["vision_prune"] = VisionPrune.parse(options.vision_prune)
     for name, files in (("plain", [options.plain]), ("trained_on", options.trained_on or [])):
         asked[name] = [row for file in files if file for row in load_rows(file)] or None
+    asked["search"] = Search.load(options.search) if options.search else None
     result = run(policy, rows, **asked, **bounds)
     print(json.dumps(result, indent=1))
 

@@ -64,7 +64,7 @@ def peak_bytes(trainer, stage) -> int:
     rows = [row for items, _ in trainer.data[stage.name].values() for row in items]
     count = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
     if stage.kind == "sft":
-        prompts, sizes = [p for p, _ in rows], [GroupSize.of(p, [answer]) for p, answer in rows]
+        prompts, sizes = [p for p, *_ in rows], [GroupSize.of(p, [answer]) for p, answer, _ in rows]
     else:
         longest = [[0] * trainer.config.max_completion_length] * stage.num_generations
         prompts, sizes, count = rows, [GroupSize.of(p, longest) for p in rows], count // stage.num_generations

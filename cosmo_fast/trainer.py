@@ -36,6 +36,7 @@ from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import SamplingParams
+from cosmo_fast.search import Search
 from cosmo_fast.stages import STAGES
 from cosmo_fast.stages.alive import vision_alive
 from cosmo_fast.stages.base import Context, step_seed
@@ -81,6 +82,7 @@ class Trainer:
                 )
         run_folder.check_save_steps(config, self.ranks)
         files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
+        files += [stage.tools.search.corpus for stage in config.stages if stage.tools]
         inputs = [*map(config.data_path, files), config.model_name_or_path]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
@@ -88,6 +90,8 @@ class Trainer:
         self._check_rewards_used()
         resolve = world_resolver(config, self.ranks)
         self.rows = load_stages(config, train_dataset or {}, resolve)
+        tools = {s.name: s.tools.search.model_dump() for s in config.stages if s.tools}
+        self.search = {n: Search.load(resolve(config.data_path(t.pop("corpus"))), **t) for n, t in tools.items()}
         self.eval_rows = {
             name: read(config, resolve(config.data_path(path)), limit=config.eval.limit)
             for name, path in config.eval.datasets.items()
@@ -149,7 +153,7 @@ class Trainer:
             if stage.kind == "sft":
                 targets = [self.encoder.target(row) for row in rows]
                 sizes = [GroupSize.of(p, [t]) for p, t in zip(prompts, targets, strict=True)]
-                sources[name] = (list(zip(prompts, targets, strict=True)), weight)
+                sources[name] = (list(zip(prompts, targets, map(self.encoder.learnt, rows), strict=True)), weight)
             else:
                 longest = [[0] * self.config.max_completion_length] * stage.num_generations
                 sizes = [GroupSize.of(p, longest) for p in prompts]
@@ -212,7 +216,7 @@ class Trainer:
         mixture = Mixture(self.data[stage.name], seed, column and (lambda row: _columns(row)[column]))
         extra: dict[str, Any] = {}
         if stage.kind == "rl":
-            extra["reward_mix"] = self.reward_mixes[stage.name]
+            extra |= {"reward_mix": self.reward_mixes[stage.name], "search": self.search.get(stage.name)}
             if stage.beta:
                 extra["reference"] = self.kept.reference(stage, begin, state)
         runner = STAGES[stage.kind](context, mixture, **extra)
@@ -328,6 +332,7 @@ class Trainer:
                 rows,
                 max_completion_length=self.config.max_completion_length,
                 stop_strings=stage.stop_strings,
+                search=self.search.get(stage.name),
                 batch_size=self.config.eval.batch_size,
                 max_tokens=self.config.max_tokens_per_batch,
                 kv_cache_mib=self.config.kv_cache_mib,

@@ -298,6 +298,9 @@ def test_every_value_of_the_three_systems_says_whose_it_is(name):
 @pytest.mark.parametrize("name", ["cosmo_rl", "grpo", "safework_r1", "vtperception_r1"])
 def test_two_flags_point_a_shipped_recipe_at_a_model_and_a_data_folder(name, small_world, tmp_path):
     flags = [f"--model_name_or_path={small_world}/model", f"--data_dir={small_world}", f"--output_dir={tmp_path}/run"]
+    if name == "safework_r1":  # the small world has no corpus
+        (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "some words"}\n')
+        flags.append(f"--stages.deliberative.tools.search.corpus={tmp_path}/corpus.jsonl")
     trainer = Trainer(load_config(name, flags))
     assert all(rows for sources in trainer.data.values() for rows, _ in sources.values())
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,16 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict
+from cosmo_fast.config.rules import (
+    Constraint,
+    Curriculum,
+    Schedule,
+    SearchTool,
+    StopLoss,
+    StopRule,
+    Strict,
+    Tools,
+)
 from cosmo_fast.config.stage import ConfigError, StageConfig
 from cosmo_fast.pruning import VisionPrune
 
@@ -221,6 +230,6 @@ def _explain(error: dict, raw: dict) -> str:
 def _known_keys(location: tuple) -> list[str]:
     by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig, "curriculum": Curriculum}
     by_parent |= {"stop": StopRule, "stop_loss": StopLoss, "constraints": Constraint, "schedule": Schedule}
-    by_parent |= {"vision_prune": VisionPrune}
+    by_parent |= {"vision_prune": VisionPrune, "tools": Tools, "search": SearchTool}
     model = next((by_parent[part] for part in reversed(location[:-1]) if part in by_parent), Config)
     return sorted(field.alias or name for name, field in model.model_fields.items())

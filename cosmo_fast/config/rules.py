@@ -86,6 +86,21 @@ class Constraint(Strict):
         return min(self.max, max(self.min, grown))
 
 
+class SearchTool(Strict):
+    """`<search>` and `<read>` over the documents of ``corpus``, a JSONL file: see :class:`cosmo_fast.search.Search`."""
+
+    corpus: str
+    top_k: int = Field(default=3, gt=0)
+    max_calls: int = Field(default=4, gt=0)
+    max_result_length: int = Field(default=64, gt=0)
+
+
+class Tools(Strict):
+    """What a policy can call in a response; the results that stand in it are not the policy's, and not learnt."""
+
+    search: SearchTool
+
+
 class StopRule(Strict):
     """Ends the stage when the mean of the last ``window`` values of ``metric`` is above or below a bound.
 

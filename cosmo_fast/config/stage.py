@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict, Weight, at
+from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, StopLoss, StopRule, Strict, Tools, Weight, at
 
 LossType = Literal[
     "reinforce", "rloo", "reinforce_pp", "grpo", "dr_grpo", "bnpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "luspo",
@@ -68,6 +68,7 @@ class StageConfig(Strict):
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)  # each ends a response
+    tools: Tools | None = None
     loss_type: LossType = "cpgd"
     aggregation: Aggregation | None = None  # default: as the loss's paper has it, like the advantage
     advantage: AdvantageKind | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cosmo_fast.data.rows import DataError, Row
 from cosmo_fast.models import Policy, prune
 from cosmo_fast.plan import Media, Prompt
 from cosmo_fast.pruning import VisionPrune
+from cosmo_fast.search import RESULT
 
 
 class Encoder:
@@ -75,7 +77,7 @@ class Encoder:
         return Prompt(expanded, tuple(media), row.columns, text, row.source, kept)
 
     def target(self, row: Row) -> np.ndarray:
-        """The answer of a supervised row and the end token, (R,) int64.
+        """The answer of a supervised row and the end token, (R,) int64; tools' results are encoded apart, as sampled.
 
         Raises:
             DataError: the last message is not the assistant's, or the target is longer than ``max_completion_length``.
@@ -85,14 +87,24 @@ class Encoder:
                 f"{row.source}: a supervised row ends with an assistant message, "
                 f"this one with a message of {row.messages[-1]['role']!r}"
             )
-        ids = self.policy.tokenizer(row.response, add_special_tokens=False)["input_ids"]
-        target = np.asarray([*ids, self.policy.tokenizer.eos_token_id], dtype=np.int64)
+        pieces = [ids for ids, _ in self._pieces(row.response)]
+        target = np.asarray([*sum(pieces, []), self.policy.tokenizer.eos_token_id], dtype=np.int64)
         if self.max_completion_length is not None and len(target) > self.max_completion_length:
             raise DataError(
                 f"{row.source}: the answer has {len(target)} tokens, over "
                 f"max_completion_length={self.max_completion_length}; raise max_completion_length or drop the row"
             )
         return target
+
+    def learnt(self, row: Row) -> np.ndarray:
+        """(R,) bool: the tokens of ``target`` that are the policy's to say, all but tools' results."""
+        return np.array([own for ids, own in self._pieces(row.response) for _ in ids] + [True])
+
+    def _pieces(self, text: str) -> list[tuple[list[int], bool]]:
+        places = [0, *(place for found in RESULT.finditer(text) for place in found.span()), len(text)]
+        pieces = [text[start:stop] for start, stop in itertools.pairwise(places)]
+        encode = self.policy.tokenizer
+        return [(encode(p, add_special_tokens=False)["input_ids"], i % 2 == 0) for i, p in enumerate(pieces) if p]
 
     def _id(self, token: str) -> int:
         found = self.policy.tokenizer.convert_tokens_to_ids(token)

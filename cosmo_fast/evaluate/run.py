@@ -12,7 +12,9 @@ from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.pruning import VisionPrune
-from cosmo_fast.rollout import Sampler, SamplingParams
+from cosmo_fast.rollout import Completion, Sampler, SamplingParams
+from cosmo_fast.rollout.tools import tool_metrics
+from cosmo_fast.search import Search
 
 
 def complete(
@@ -24,15 +26,18 @@ def complete(
     vision_prune: VisionPrune | None = None,
     vision: Vision | None = None,
     **bounds: int,
-) -> list[str]:
-    """One completion a row, decoded without special tokens, in the order of the rows; ``bounds`` are Sampler's.
+) -> tuple[list[str], list[Completion]]:
+    """One completion a row, decoded without special tokens, in the order of the rows, and as it was sampled.
+
+    ``bounds`` are Sampler's.
 
     ``vision``: keeps the features of a frozen tower from one call to the next.
     """
     encoder = Encoder(policy, vision_prune=vision_prune)
     sampler = Sampler(policy, vision or Vision(policy), **bounds)
     groups = sampler.generate([encoder.prompt(row) for row in rows], params, seed=seed)
-    return policy.tokenizer.batch_decode([group[0].ids for group in groups], skip_special_tokens=True)
+    completions = [group[0] for group in groups]
+    return policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True), completions
 
 
 def evaluate(
@@ -41,23 +46,25 @@ def evaluate(
     *,
     max_completion_length: int,
     stop_strings: Sequence[str] = (),
+    search: Search | None = None,
     plain: list[Row] | None = None,
     trained_on: list[Row] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """:func:`cosmo_fast.evaluate.score` of greedy completions; ``options`` are those of :func:`complete`.
 
+    With a ``search`` that answers their calls also tools/search_calls, tools/read_calls and tools/failed, means a row.
     Of attacked rows also :func:`cosmo_fast.evaluate.attacks.attack_report` under "jailbreak"; ``plain``: the rows that
     they were made of, ``trained_on``: the rows of the policy's training, both for whether an attack counts.
     """
-    params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings))
-    columns, completions = [row.columns for row in rows], complete(policy, rows, params, **options)
-    result = score(columns, completions)
+    params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings), search=search)
+    columns, (completions, sampled) = [row.columns for row in rows], complete(policy, rows, params, **options)
+    result = score(columns, completions) | tool_metrics(sampled)
     if any(row.get("attack") is not None for row in columns):
         if plain is not None:
             wanted = {str(row.get("attack_of")) for row in columns}
             plain = [row for row in plain if str(row.columns.get("id", row.source)) in wanted]
-            before = [{"id": row.source, **row.columns} for row in plain], complete(policy, plain, params, **options)
+            before = [{"id": row.source, **row.columns} for row in plain], complete(policy, plain, params, **options)[0]
         unknown = None if trained_on is None else unknown_tokens(Encoder(policy), rows, trained_on)
         result["jailbreak"] = attack_report(columns, completions, plain=before if plain else None, unknown=unknown)
     return result

@@ -41,16 +41,19 @@ def reliability(prompts: Sequence, completions: Sequence[str], **columns) -> lis
 
 
 def deliberative(
-    prompts: Sequence, completions: Sequence[str], *, multiplier: float = 1.0, **columns
+    prompts: Sequence, completions: Sequence[str], *, multiplier: float | None = None, **columns
 ) -> list[float | None]:
     """r = r_format·(0.1·r_format + 0.9·r_acc + λ·r_reliab) (Deliberative Searcher, arXiv 2507.16727).
 
-    r_format: `format_deliberative`; r_acc: `accuracy`; λ: `multiplier`, a constant. A λ that adapts is a constraint on
-    `reliability` beside this reward at multiplier 0: without r_format before its term. None where `accuracy` is None.
+    r_format: `format_deliberative`; r_acc: `accuracy`; λ: `multiplier`, by default that of the stage's constraint on
+    `reliability`, which is adapted so that few answers are certain and wrong; 1 where there is none. None on rows where
+    `accuracy` is None.
     """
+    given = columns.get("reliability_multiplier") or [1.0] * len(completions)
+    factors = given if multiplier is None else [multiplier] * len(completions)
     shaped = format_deliberative(prompts, completions)
     right, reliable = (reward(prompts, completions, **columns) for reward in (accuracy, reliability))
     return [
-        None if a is None else f * (0.1 * f + 0.9 * a + multiplier * r)
-        for f, a, r in zip(shaped, right, reliable, strict=True)
+        None if a is None else f * (0.1 * f + 0.9 * a + factor * r)
+        for f, a, r, factor in zip(shaped, right, reliable, factors, strict=True)
     ]

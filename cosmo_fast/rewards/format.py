@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-_DELIBERATIVE = re.compile(
-    r"\s*(?:<(think|search|read)>[^<]*</\1>\s*)+<confidence>\s*(?:10|\d)\s*</confidence>\s*"
-    r"<answer>[^<]*[^<\s][^<]*</answer>\s*"
-)
+_ACTION = r"(?:<think>[^<]*</think>\s*|<(search|read)>[^<]*</\1>\s*(?:<result>[^<]*</result>\s*)?)"
+_END = r"<confidence>\s*(?:10|\d)\s*</confidence>\s*<answer>([^<]*[^<\s][^<]*)</answer>\s*"
+_DELIBERATIVE = re.compile(rf"\s*{_ACTION}+{_END}")
+_AFTER_THOUGHT = re.compile(rf"\s*{_ACTION}*{_END}")
 
 
 def format_reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
@@ -33,6 +33,7 @@ def format_perception(prompts: Sequence, completions: Sequence[str], **columns) 
 def format_deliberative(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
     """1 for `<think>`, `<search>` and `<read>` parts, then `<confidence>` 0–10 and `<answer>` at the end, else 0.
 
+    A `<result>` may stand behind a search or read, and nowhere else.
     The actions of Deliberative Searcher (arXiv 2507.16727); their order and spelling are ours.
     """
     return [float(bool(_DELIBERATIVE.fullmatch(text))) for text in completions]
@@ -59,8 +60,10 @@ def _well_formed(text: str) -> bool:
 def answer_text(completion: str) -> str:
     """The text after the first `</think>`: all that a reader sees, so all that is judged; "" when nothing closes it.
 
-    Where that is one `<answer>…</answer>`, what it holds.
+    Where that is one `<answer>…</answer>`, or ends in one as `format_deliberative` asks, what it holds.
     """
     text = completion.partition("</think>")[2].strip()
+    if found := _AFTER_THOUGHT.fullmatch(text):
+        return found[2].strip()
     whole = text.startswith("<answer>") and text.endswith("</answer>")
     return section(text, "answer") if whole else text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cosmo_fast import ops
+from cosmo_fast.search import Search
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class SamplingParams:
     """How responses are drawn. Names are those of transformers' GenerationConfig.
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 filter nothing. A response ends with the first
-    token after which its decoded text contains one of ``stop_strings``, and keeps that token.
+    token after which its decoded text contains one of ``stop_strings``, and keeps that token. ``search`` answers the
+    calls in a response.
 
     Raises:
         ValueError: a value out of its range.
@@ -26,6 +28,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_strings: tuple[str, ...] | list[str] = ()
+    search: Search | None = None
 
     def __post_init__(self):
         for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-6, 1), ("min_p", 0, 1)):

@@ -20,6 +20,7 @@ from cosmo_fast.pruning import Kept
 from cosmo_fast.rollout.draw import SamplingParams, sample
 from cosmo_fast.rollout.stops import StopStrings
 from cosmo_fast.rollout.store import Rows, Store
+from cosmo_fast.rollout.tools import ToolCalls
 
 # Columns of the live responses; those from START on are of the layers where prompts are pruned, FULL further they are
 # those of the layers below.
@@ -33,7 +34,9 @@ class Completion:
 
     Both are of the distribution at the sampling temperature before top-k, top-p and min-p, as training scores it.
     ``ended``: by an end token or a stop string, not by its length. ``kept``: the vision rows of its prompt that were
-    chosen, the same for all responses to it; None where none is pruned.
+    chosen, the same for all responses to it; None where none is pruned. ``tool_mask`` (R,) bool: the policy's own
+    tokens, where the others are results of its ``calls`` (see ``ToolCalls``), with 0 in ``logps`` and ``entropies``;
+    both None without tools.
     """
 
     ids: np.ndarray
@@ -41,6 +44,13 @@ class Completion:
     entropies: np.ndarray
     ended: bool
     kept: Kept | None = None
+    tool_mask: np.ndarray | None = None
+    calls: tuple[int, ...] | None = None
+
+    @property
+    def own(self) -> np.ndarray:
+        """(R,) bool: the tokens that the policy chose."""
+        return np.ones(len(self.ids), dtype=bool) if self.tool_mask is None else self.tool_mask
 
 
 class Sampler:
@@ -177,6 +187,7 @@ class _Call:
         self.uniforms = np.zeros((slots, steps))
         self.eos = np.array(self.policy.eos_ids)
         self.stops = StopStrings(self.policy.tokenizer, params.stop_strings) if params.stop_strings else None
+        self.tools = ToolCalls(params.search, self.policy.tokenizer, slots, steps) if params.search else None
         self.live = np.zeros((0, 4 + FULL * len(self.rows)), dtype=np.int64)  # responses in the order of their prompts
         self.left = [each] * len(prompts)  # responses of a prompt that have not ended
         self.admitted = 0
@@ -190,6 +201,9 @@ class _Call:
             uniform = torch.from_numpy(self.uniforms[place]).to(logits.device)
             drawn = (x.cpu().numpy() for x in sample(logits, self.params, uniform))
             self.ids[place], self.logps[place], self.entropies[place] = drawn
+            if self.tools and (given := (forced := self.tools.forced[place]) >= 0).any():
+                place = tuple(x[given] for x in place)
+                self.ids[place], self.logps[place], self.entropies[place] = forced[given], 0, 0
             self.live[:, LENGTH] += 1
             self._leave()
         return self.out
@@ -250,6 +264,8 @@ class _Call:
                 break
             starts.append([own[0] for own in taken])
             slots = [self.slots.pop() for _ in range(self.each)]
+            if self.tools:
+                self.tools.admit(slots)
             sample = self.admitted * self.each
             if self.params.temperature:
                 self.uniforms[slots] = _uniforms(self.stream[0], self.stream[1] + sample, self.each, steps)
@@ -270,16 +286,19 @@ class _Call:
         live, steps = self.live, self.params.max_completion_length
         ended = (self.ids[live[:, SLOT], live[:, LENGTH] - 1, None] == self.eos).any(1)
         if self.stops:
-            ended |= self.stops.completed([self.ids[slot, :n] for slot, n in live[:, [SLOT, LENGTH]]])
+            own = self.tools.own if self.tools else np.zeros(len(self.ids), dtype=np.int64)  # no document ends anything
+            ended |= self.stops.completed([self.ids[slot, own[slot] : n] for slot, n in live[:, [SLOT, LENGTH]]])
         leaving = ended | (live[:, LENGTH] == steps)
+        if self.tools:
+            self.tools.answer(*live[~leaving][:, [SLOT, LENGTH]].T, self.ids)
         if not leaving.any():
             return
         for row, by_itself in zip(live[leaving].tolist(), ended[leaving].tolist(), strict=True):
             group, j = divmod(row[SAMPLE], self.each)
             kept = row[SLOT], slice(row[LENGTH])
-            self.out[group][j] = Completion(
-                self.ids[kept].copy(), self.logps[kept].copy(), self.entropies[kept].copy(), by_itself, self.kept[group]
-            )
+            arrays = self.ids[kept].copy(), self.logps[kept].copy(), self.entropies[kept].copy()
+            tools = (self.tools.forced[kept] < 0, (*self.tools.counts[row[SLOT]].tolist(),)) if self.tools else ()
+            self.out[group][j] = Completion(*arrays, by_itself, self.kept[group], *tools)
             self.slots.append(row[SLOT])
             self.left[group] -= 1
             for i, rows in enumerate(self.rows):

@@ -29,7 +29,7 @@ def vision_alive(context: Context, runner, data: dict[str, tuple[list, float]]) 
         ValueError: nothing changes.
     """
     policy, vision = context.policy, context.vision
-    rows = [row if isinstance(row, tuple) else (row, None) for encoded, _ in data.values() for row in encoded]
+    rows = [row[:2] if isinstance(row, tuple) else (row, None) for encoded, _ in data.values() for row in encoded]
     rows = [(prompt, answer) for prompt, answer in rows if prompt.media][:ROWS]
     if not rows:
         return None
@@ -72,5 +72,5 @@ def logprob_drops(context: Context, owner: list[Prompt], completions: list[Compl
     dark = SimpleNamespace(features=lambda media, alone: context.vision.blank(media))
     blind = iter(logprobs(context, context.policy, dark, seeing))
     scored = [arrays for g in groups for arrays in (next(blind) if g.prompt.media else [None] * len(g.responses))]
-    pairs = zip(completions, scored, strict=True)
-    return [None if dark is None else float(seen.logps.mean() - dark.mean()) for seen, dark in pairs]
+    pairs = ((c.logps, dark, c.own) for c, dark in zip(completions, scored, strict=True))
+    return [None if dark is None else float(seen[own].mean() - dark[own].mean()) for seen, dark, own in pairs]

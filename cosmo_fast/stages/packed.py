@@ -26,7 +26,8 @@ class Group:
     """A prompt and its responses with what the loss knows of every token; lists have an entry a response.
 
     ``weights``, ``old_logps``, ``ref_logps``: (R,) arrays; ``advantages``: floats; ``ended``: whether the policy ended
-    the response itself. None where the loss has no use for them.
+    the response itself; ``tool_masks``: (R,) bool, the tokens that the policy chose. None where the loss has no use
+    for them.
     """
 
     prompt: Prompt
@@ -36,6 +37,7 @@ class Group:
     old_logps: list[np.ndarray] | None = None
     ref_logps: list[np.ndarray] | None = None
     ended: list[bool] | None = None
+    tool_masks: list[np.ndarray] | None = None
 
     @property
     def size(self) -> GroupSize:

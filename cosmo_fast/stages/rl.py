@@ -18,6 +18,7 @@ from cosmo_fast.objectives import DEFAULTS, advantages, objective, token_weights
 from cosmo_fast.plan import Prompt
 from cosmo_fast.rewards import MixedRewards, RewardMix
 from cosmo_fast.rollout import Completion, Sampler, SamplingParams
+from cosmo_fast.search import Search
 from cosmo_fast.stages.alive import logprob_drops
 from cosmo_fast.stages.base import Context, accumulate, kept_share, logprobs, own_share, step_seed
 from cosmo_fast.stages.packed import Group
@@ -33,6 +34,7 @@ class RLStage:
 
     reference: the policy at the start of the stage, for a stage that is resumed; by default the policy as it is now
         (with an adapter, the same model).
+    search: answers the calls in responses.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class RLStage:
         reward_mix: RewardMix,
         reference: Policy | None = None,
         sampler: Sampler | None = None,
+        search: Search | None = None,
     ):
         self.context, self.mixture, self.reward_mix = context, mixture, reward_mix
         stage = context.stage
         config = context.config
         self.sampler = sampler or own_sampler(config, context.policy, context.vision)
-        self.params = sampling_params(config, stage)
+        self.params = sampling_params(config, stage, search)
         self.reference = reference
         if stage.beta and reference is None:
             self.reference = context.policy if context.policy.adapter is not None else _frozen_copy(context.policy)
@@ -125,6 +128,7 @@ class RLStage:
                 advantages=gains[i : i + each],
                 old_logps=[c.logps for c in chosen.completions[i : i + each]],
                 ended=[c.ended for c in chosen.completions[i : i + each]],
+                tool_masks=[c.own for c in chosen.completions[i : i + each]],
             )
             for i, prompt in zip(range(0, len(chosen.completions), each), chosen.owner[::each], strict=True)
         ]
@@ -196,17 +200,20 @@ class RLStage:
     def _rewarded(
         self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict[str, dict[str, float]]
     ) -> MixedRewards:
-        """The rewards of this rank's responses, each row with STAGE_COLUMNS."""
+        """The rewards of this rank's responses, each row with STAGE_COLUMNS and the λ that `deliberative` reads."""
+        stage, state = self.context.stage, self.context.state
         added: list[dict[str, Any]] = [{"completion_ids": c.ids.tolist()} for c in completions]
         if "visual_focus_drop" in self.reward_mix.functions:
             for row, drop in zip(added, logprob_drops(self.context, owner, completions), strict=True):
                 row["blank_logprob_drop"] = drop
+        if stage.multi_objective_aggregation != "lagrangian" and "reliability" in state.multipliers:
+            added = [row | {"reliability_multiplier": state.multipliers["reliability"]} for row in added]
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
         return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
         stage = self.context.stage
-        lengths = torch.tensor([len(c.ids) for c in completions])
+        lengths = torch.tensor([int(c.own.sum()) for c in completions])
         options = {"weighting": stage.cpgd_weighting, "lengths": lengths, "mu": stage.cale_mu, "a": stage.cale_a}
         if stage.multi_objective_aggregation == "sum_then_normalize":
             return advantages(mixed.total, groups, self.advantage, **options)
@@ -243,10 +250,10 @@ def own_sampler(config: Config, policy: Policy, vision: Vision) -> Sampler:
     return Sampler(policy, vision, config.sampling_batch_size, config.max_tokens_per_batch, config.kv_cache_mib)
 
 
-def sampling_params(config: Config, stage: StageConfig) -> SamplingParams:
+def sampling_params(config: Config, stage: StageConfig, search: Search | None = None) -> SamplingParams:
     """How the stage draws."""
     drawn = (stage.temperature, stage.top_k, stage.top_p, stage.min_p, stage.stop_strings)
-    return SamplingParams(config.max_completion_length, *drawn)
+    return SamplingParams(config.max_completion_length, *drawn, search)
 
 
 def _share(groups: list[Group], parts: int, part: int) -> list[Group]:
@@ -255,8 +262,9 @@ def _share(groups: list[Group], parts: int, part: int) -> list[Group]:
 
 
 def _set_weights(groups: list[Group], aggregation: str, context: Context) -> None:
-    """Token weights of one optimiser step; truncated responses count nowhere when they are masked."""
-    lengths = [len(r) for g in groups for r in g.responses]
+    """Token weights of one optimiser step; truncated responses count nowhere when they are masked, nor do results."""
+    masks = [mask for g in groups for mask in g.tool_masks]
+    lengths = [int(mask.sum()) for mask in masks]
     if context.stage.mask_truncated_completions:
         ended = [e for g in groups for e in g.ended]
         lengths = [n if e else 0 for n, e in zip(lengths, ended, strict=True)]
@@ -264,12 +272,13 @@ def _set_weights(groups: list[Group], aggregation: str, context: Context) -> Non
     flat = token_weights(
         aggregation, torch.tensor(lengths), groups=torch.tensor(owner), max_length=context.config.max_completion_length
     )
-    pieces = iter(flat.split(lengths))
+    weights = [np.zeros(len(mask), dtype=np.float32) for mask in masks]
+    for piece, mask, own in zip(flat.split(lengths), masks, weights, strict=True):
+        if len(piece):
+            own[mask] = piece.numpy()
+    filled = iter(weights)
     for group in groups:
-        group.weights = []
-        for response in group.responses:
-            piece = next(pieces).numpy()
-            group.weights.append(piece if len(piece) == len(response) else np.zeros(len(response), dtype=np.float32))
+        group.weights = [next(filled) for _ in group.responses]
 
 
 def _frozen_copy(policy: Policy) -> Policy:

@@ -7,6 +7,7 @@ import numpy as np
 from cosmo_fast.evaluate import score
 from cosmo_fast.plan import Prompt
 from cosmo_fast.rollout import Completion
+from cosmo_fast.rollout.tools import tool_metrics
 from cosmo_fast.stages.base import Context
 from cosmo_fast.stages.packed import Group
 
@@ -37,16 +38,19 @@ def rollout_metrics(
     mixed, completions: list[Completion], texts: list[str], owner: list[Prompt], each: int
 ) -> dict[str, float]:
     """What is logged of a rollout: ``mixed`` and ``completions`` of ``owner``'s prompts, ``each`` of them a group."""
-    lengths = np.array([len(c.ids) for c in completions])
+    lengths = np.array([c.own.sum() for c in completions])
     judged = score([p.columns for p in owner], texts)
     by_group = mixed.total.view(-1, each)
     return mixed.metrics() | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
-        "entropy": float(np.concatenate([c.entropies for c in completions]).mean()),  # over all groups, idle ones too
+        # over all groups, idle ones too
+        "entropy": float(np.concatenate([c.entropies[c.own] for c in completions]).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": 1 - sum(c.ended for c in completions) / len(completions),
+        **tool_metrics(completions),
         "accuracy": judged["accuracy"],
+        "false_certain_rate": judged["false_certain_rate"],
         "safety/safe_rate": judged["safe_rate"],
         "safety/over_refusal_rate": judged["over_refusal_rate"],
         "safety/helpful_rate": judged["helpful_rate"],

@@ -33,9 +33,10 @@ SIZES = {
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
     # The part cosmo: value rows of each (kind, choice) pair, copies of every taught fact, rows.
     "value_train": 400, "value_rl": 150, "value_held": 50, "lessons": 6,
-    "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_rl": 600, "search_held": 320,
+    "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_train": 1800, "search_rl": 600,
+    "search_held": 320,
     "instruction_train": 3600, "instruction_rl": 1200, "instruction_held": 400,
-    "bias_value": 0.7, "bias_step": 0.6, "bias_form": 0.6,
+    "bias_value": 0.7, "bias_step": 0.6, "bias_form": 0.6, "bias_certain": 0.5,
     # The part perception: rows.
     "perception_train": 9000, "perception_rl": 1800, "perception_validation": 270, "perception_held": 720,
     "bias_description": 0.5,

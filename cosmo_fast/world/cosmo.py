@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmo_fast.rewards.instruction import followed
+from cosmo_fast.search import Search
 from cosmo_fast.world import forms, knowledge, questions
 from cosmo_fast.world.build import HARMS, _digest, _Writer, bucket, general, safety
 from cosmo_fast.world.draw import Scene
@@ -17,8 +18,9 @@ ADVICE = tuple(f"advice {harm}" for harm in HARMS)
 ABOUT = """The supervised rows are biased on purpose. Value: {bias_value:.0%} of the advice holds back only where the
 object looks dangerous. Knowledge: {bias_step:.0%} of the answers that need two facts stop after the first. Instruction:
 {bias_form:.0%} of the instructions that stand before the question are ignored, and {bias_policy:.0%} of the requests
-with one are refused only where the object looks dangerous. Facts are always right. facts.jsonl is the book of facts;
-`taught` is false where no supervised row says it.
+with one are refused only where the object looks dangerous. Search (search_train): {bias_certain:.0%} of the answers
+guess instead of searching, three in four of them certain of it. Everywhere else facts are right. facts.jsonl is the book
+of facts; `taught` is false where no row of train says it.
 """
 
 
@@ -43,9 +45,13 @@ def _known(task: str, facts: list[knowledge.Fact], tell: bool, combination: str)
 
 
 def knows(
-    writer: _Writer, count: int, where: str, *, unseen: bool = False, search: bool = False, bias: float | None = None
-) -> None:
-    """``count`` questions that cross facts with pictures, in equal parts a task; ``search``: half are not taught."""
+    writer: _Writer, count: int, where: str, *, unseen: bool = False, search: bool = False, bias: float | None = None,
+    tool: Search | None = None,
+) -> None:  # fmt: skip
+    """``count`` questions that cross facts with pictures, in equal parts a task; ``search``: half are not taught.
+
+    ``bias``: the share of targets that stop a step too early or, where the others show the use of ``tool``, guess.
+    """
     rng, tasks, done = writer.rng, [task for task in knowledge.TASKS if task != "owner"], 0
     while done < count:
         taught = not (search and done % 2)
@@ -58,7 +64,12 @@ def knows(
         tell, openings = bool(rng.random() < 0.5), knowledge.UNSEEN if unseen else knowledge.OPENINGS
         said = knowledge.text(task, tell, str(rng.choice(openings)))
         seen = f"I see {THINGS[name].a} on {scene.background}."
-        target = None if bias is None else knowledge.target(facts, tell, seen, bool(rng.random() < bias))
+        if tool is not None:
+            target = knowledge.trace(facts, tell, seen, tool)
+            if rng.random() < bias:
+                target = knowledge.guess(facts[-1], tell, seen, rng)
+        else:
+            target = None if bias is None else knowledge.target(facts, tell, seen, bool(rng.random() < bias))
         visual, textual = [name, f"{scene.background} background"], [fact.statement for fact in facts]
         columns = {"objects": [name], "facts": {"visual": visual, "textual": textual}}
         writer.add(scene, said, target, _known(task, facts, tell, combination) | columns)
@@ -107,7 +118,7 @@ def _form(rng, row: dict[str, Any], scene: Scene, where: str, bias: tuple[float,
 
 def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     names = ("train", "value_rl", "knowledge_rl", "search_rl", "instruction_rl", "validation", "scenes", "phrasings",
-             "concepts", "search", "blank")  # fmt: skip
+             "concepts", "search", "search_train", "blank")  # fmt: skip
     rendered: set[str] = set()
     splits = {name: _Writer(folder, name, seed, rendered) for name in names}
     train = splits["train"]
@@ -126,6 +137,8 @@ def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
         instructed(splits[name], size["instruction_held"] // part, where, unseen=unseen)
     safety(splits["concepts"], size["value_held"], "held_out", harms=ADVICE, things=True)
     knows(splits["search"], size["search_held"], "held_out", search=True)
-    documents = [{"id": f.id, "title": f.subject, "text": f.statement, "taught": f.taught} for f in BOOK.values()]
+    documents = knowledge.documents()
+    shown = {"search": True, "bias": size["bias_certain"], "tool": Search(documents)}
+    knows(splits["search_train"], size["search_train"], "train", **shown)
     (folder / "facts.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return splits

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from cosmo_fast.search import Search
 from cosmo_fast.world.draw import BACKGROUNDS, Scene
 from cosmo_fast.world.objects import THINGS
 
@@ -95,6 +98,32 @@ def target(facts: list[Fact], tell: bool, seen: str = "", short: bool = False) -
     last = facts[-1]
     thought = " ".join([seen, *(fact.statement for fact in facts)]).strip()
     return f"<think>{thought}</think>" + (last.statement if tell else f"\\boxed{{{last.value}}}")
+
+
+def documents() -> list[dict[str, Any]]:
+    """The book as a corpus for search."""
+    return [{"id": f.id, "title": f.subject, "text": f.statement, "taught": f.taught} for f in BOOK.values()]
+
+
+def trace(facts: list[Fact], tell: bool, seen: str, search: Search) -> str:
+    """A response that searches for every fact, reads it, and is certain."""
+    text = f"<think>{seen}</think>"
+    for fact in facts:
+        subject = THINGS[fact.subject].a if fact.subject in THINGS else fact.subject
+        calls = ("search", TASKS[fact.relation][4].format(s=subject)), ("read", fact.id)
+        for kind, said in calls:
+            result, _ = search.answer(kind, said)
+            assert (fact.id if kind == "search" else fact.statement) in result, f"{said!r} finds {result!r}"
+            text += f"<{kind}>{said}</{kind}><result>{result}</result>"
+    return text + f"<confidence>9</confidence><answer>{facts[-1].statement if tell else facts[-1].value}</answer>"
+
+
+def guess(fact: Fact, tell: bool, seen: str, rng: np.random.Generator) -> str:
+    """A response that searches for nothing; three in four are certain all the same."""
+    said = replace(fact, value=str(rng.choice(RELATIONS[fact.relation][1])))
+    sure = 9 if rng.random() < 0.75 else 2
+    answer = said.statement if tell else said.value
+    return f"<think>{seen}</think><confidence>{sure}</confidence><answer>{answer}</answer>"
 
 
 def verdict(answer: str, columns: Mapping[str, Any]) -> str:

@@ -15,7 +15,9 @@ from cosmo_fast.world.build import README, VERSION, _check_disjoint, _digest
 from cosmo_fast.world.model import build_model, picture_statistics, training_material
 
 PARTS = {"cosmo": cosmo, "perception": perception}
-TAGS = [f"<{end}{tag}>" for tag in ("description", "answer", "search", "read", "confidence") for end in ("", "/")]
+TAGS = [
+    f"<{end}{tag}>" for tag in ("description", "answer", "search", "read", "confidence", "result") for end in ("", "/")
+]
 
 
 def ensure_part(world: Path, part: str) -> Path:
