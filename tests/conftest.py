@@ -7,9 +7,9 @@ SMALL = {
     "validation_safety": 4, "scenes_general": 36, "scenes_safety": 6, "held_general": 18, "held_safety": 4,
     "attacks": 20,
     "value_train": 20, "value_rl": 6, "value_held": 12, "lessons": 1, "knowledge_train": 60, "knowledge_rl": 20,
-    "knowledge_held": 80, "search_train": 60, "search_rl": 20, "search_held": 20, "instruction_train": 180, "instruction_rl": 36,
-    "instruction_held": 72, "perception_train": 90, "perception_rl": 36, "perception_validation": 18,
-    "perception_held": 180,
+    "knowledge_held": 80, "search_train": 60, "search_rl": 20, "search_held": 20, "instruction_train": 180,
+    "instruction_rl": 36, "instruction_held": 72, "perception_train": 90, "perception_rl": 36,
+    "perception_validation": 18, "perception_held": 180,
 }  # fmt: skip
 
 # A recipe of two short stages on it.

@@ -134,9 +134,9 @@ def accumulate(
     for number, work in enumerate(forwards):
         batch = token_batch(work.groups, work.plan, policy.device)
         if stage.epsilon_start is not None:
-            counted = batch.weight != 0
+            learnt = batch.weight != 0
             batch.position = torch.zeros_like(batch.weight)
-            batch.position[counted] = sequence_position(batch.sequence[counted])
+            batch.position[learnt] = sequence_position(batch.sequence[learnt])
         if stage.row_tolerance:
             seed_here = step_seed(seed, context.ranks.rank, number)
             options["row_tolerance"] = ops.RowTolerance(stage.row_tolerance, stage.row_tolerance_unbiased, seed_here)

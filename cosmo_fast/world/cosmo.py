@@ -19,8 +19,8 @@ ABOUT = """The supervised rows are biased on purpose. Value: {bias_value:.0%} of
 object looks dangerous. Knowledge: {bias_step:.0%} of the answers that need two facts stop after the first. Instruction:
 {bias_form:.0%} of the instructions that stand before the question are ignored, and {bias_policy:.0%} of the requests
 with one are refused only where the object looks dangerous. Search (search_train): {bias_certain:.0%} of the answers
-guess instead of searching, three in four of them certain of it. Everywhere else facts are right. facts.jsonl is the book
-of facts; `taught` is false where no row of train says it.
+guess instead of searching, three in four of them certain of it. Everywhere else facts are right. facts.jsonl is the
+book of facts; `taught` is false where no row of train says it.
 """
 
 
