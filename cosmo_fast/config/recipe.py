@@ -9,16 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cosmo_fast.config.rules import (
-    Constraint,
-    Curriculum,
-    Schedule,
-    SearchTool,
-    StopLoss,
-    StopRule,
-    Strict,
-    Tools,
-)
+from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, SearchTool, StopLoss, StopRule, Strict, Tools
 from cosmo_fast.config.stage import ConfigError, StageConfig
 from cosmo_fast.pruning import VisionPrune
 
