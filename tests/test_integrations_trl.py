@@ -157,7 +157,7 @@ def test_two_processes_train_like_those_of_trl(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-4000:]
 
 
