@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from cosmo_fast import train
+from cosmo_fast.analysis import commands as analysis_commands
 from cosmo_fast.data import commands as data_commands
 from cosmo_fast.pruning import VisionPrune
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("--search", help="a JSONL corpus that answers <search> and <read>, as a recipe's tools")
     judging.add_argument("--trained-on", nargs="+", help="files of the model's training: is any token of DATA in none?")
     data_commands.add(commands)
+    analysing = analysis_commands.add(commands)
     asking = commands.add_parser("generate", help="a completion for one prompt")
     asking.add_argument("checkpoint", help="a Hugging Face model folder")
     asking.add_argument("--prompt", required=True, help="the user's text")
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     asking.add_argument("--seed", type=int, default=0)
     asking.add_argument("--stop-strings", nargs="+", default=[], help="texts that end a completion")
     commands.add_parser("doctor", help="what is installed and what each part runs on")
-    for sub in (judging, asking):
+    for sub in (judging, asking, *analysing):
         sub.add_argument("--max-completion-length", type=positive, default=256, help="tokens")
         sub.add_argument("--batch-size", type=positive, default=256, help="responses decoded at once")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -66,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if known.command == "data":
             return data_commands.run(known, rest)
-        {"evaluate": evaluate, "generate": generate, "doctor": doctor}[known.command](known)
+        actions = {"evaluate": evaluate, "generate": generate, "doctor": doctor, "analyse": analysis_commands.run}
+        actions[known.command](known)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

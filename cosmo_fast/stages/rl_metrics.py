@@ -6,6 +6,7 @@ import numpy as np
 
 from cosmo_fast.evaluate import score
 from cosmo_fast.plan import Prompt
+from cosmo_fast.rewards.relations import relations
 from cosmo_fast.rollout import Completion
 from cosmo_fast.rollout.tools import tool_metrics
 from cosmo_fast.stages.base import Context
@@ -41,7 +42,7 @@ def rollout_metrics(
     lengths = np.array([c.own.sum() for c in completions])
     judged = score([p.columns for p in owner], texts)
     by_group = mixed.total.view(-1, each)
-    return mixed.metrics() | {
+    return mixed.metrics() | relations(mixed, each) | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
         # over all groups, idle ones too
         "entropy": float(np.concatenate([c.entropies[c.own] for c in completions]).mean()),
