@@ -1,13 +1,10 @@
 """The harmful rows of an analysis, each with an answer that is safe and a first step that is not."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
 
 from cosmo_fast.data.rows import DataError, Row
-from cosmo_fast.evaluate.attacks import _SAFE, _verdicts
 
 
 def harmful(rows: Sequence[Row]) -> list[Row]:
@@ -19,22 +16,14 @@ def harmful(rows: Sequence[Row]) -> list[Row]:
 
 
 def safe_answer(row: Row) -> str:
-    """Column ``safe_answer``, else the row's closing assistant message if its judge calls that safe, else the world's.
-
-    DataError where there is none of them.
-    """
-    if row.columns.get("safe_answer"):
-        return row.columns["safe_answer"]
-    if row.response is not None and _verdicts([row.columns], [row.response])[0] in _SAFE:
-        return row.response
-    return _told(row, "safe_answer")[0]
+    """Column ``safe_answer``, or the response that the embedded world asks for; DataError with neither."""
+    return row.columns.get("safe_answer") or _told(row, "safe_answer")[0]
 
 
 def unsafe_step(row: Row) -> str:
-    """Column ``unsafe_step``: how the response is forced to begin.
+    """Column ``unsafe_step``, how the response is forced to begin; DataError with neither it nor a world row.
 
-    Of the embedded world's rows (ours): the response that helps, up to the end of the first sentence that the safe
-    response has not. DataError where there is neither.
+    Of the world (ours): the response that helps, to the end of the first sentence that the safe response has not.
     """
     if row.columns.get("unsafe_step"):
         return row.columns["unsafe_step"]

@@ -1,49 +1,40 @@
 """How the rewards of a rollout go together, and which of them the advantage is made of."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np
 
 from cosmo_fast.rewards.mix import MixedRewards
 
-FEW = 8  # ours: with more rewards than this the pairs would drown the other metrics
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
-    """Pearson's and Spearman's correlation of two (n,) vectors; None for n < 3 and where one of them is constant."""
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1]), float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+FEW = 8  # ours: the pairs of more rewards than this would drown the other metrics
+PAIRS = ("corr", "rank_corr", "corr_n")
 
 
 def relations(mixed: MixedRewards, each: int) -> dict[str, float]:
     """Metrics of S samples in groups of ``each``, side by side.
 
-    rewards/NAME/share = cov(w·r, R) / var(R), both within groups over all samples, R = Σ w·r: the shares sum to 1. The
-    advantage of a sum is R less its group's mean, so this is the reward's share of the advantage's variance; kinds that
-    divide by a group's std weigh the groups otherwise, and of GDPO's, the gate's and the multipliers' sums it is the
-    share of the reward alone (ours). A share is negative where a reward works against the others. Nothing is logged
-    where no group's rewards differ.
-    rewards/corr/A,B (Pearson), rewards/rank_corr/A,B (Spearman) and rewards/corr_n/A,B over the samples to which both
-    apply, where there are at most FEW rewards.
+    rewards/NAME/share = cov(w·r, R)/var(R), both within groups, R = Σ w·r; below 0 where a reward works against the
+    others; the shares sum to 1, and there are none where no group's rewards differ. An advantage is R less its group's
+    mean, so this is the reward's share of its variance; kinds that divide by a group's std weigh the groups otherwise,
+    and where other sums than R are taken (GDPO, gated, lagrangian) it is the share of R alone (ours).
+    rewards/corr/A,B (Pearson), rank_corr (Spearman) and corr_n over the samples to which both apply, 3 at least, where
+    neither is constant and there are at most FEW rewards.
     """
-    applies, logged = ~mixed.matrix.isnan(), {}
+    applies, names, logged = ~mixed.matrix.isnan(), mixed.names, {}
     total = mixed.total.view(-1, each)
     if (total.amax(1) > total.amin(1)).any():
-        parts = (mixed.matrix.nan_to_num() * mixed.weights).double().view(-1, each, len(mixed.names))
+        parts = (mixed.matrix.nan_to_num() * mixed.weights).double().view(-1, each, len(names))
         parts = parts - parts.mean(1, keepdim=True)
         whole = parts.sum(2, keepdim=True)
-        shares = (parts * whole).sum((0, 1)) / whole.square().sum()
-        used = applies.any(0)
-        logged = {f"rewards/{name}/share": shares[i].item() for i, name in enumerate(mixed.names) if used[i]}
-    for a, b in combinations(range(len(mixed.names)), 2) if len(mixed.names) <= FEW else ():
-        both = applies[:, a] & applies[:, b]
-        if found := correlation(*mixed.matrix[both][:, [a, b]].double().T.numpy()):
-            values = (*found, float(both.sum()))
-            pair = f"{mixed.names[a]},{mixed.names[b]}"
-            logged |= {f"rewards/{k}/{pair}": v for k, v in zip(("corr", "rank_corr", "corr_n"), values, strict=True)}
+        shares = ((parts * whole).sum((0, 1)) / whole.square().sum()).tolist()
+        logged = {f"rewards/{name}/share": shares[i] for i, name in enumerate(names) if applies[:, i].any()}
+    for pair in combinations(range(len(names)), 2) if len(names) <= FEW else ():
+        values = mixed.matrix[applies[:, pair].all(1)][:, pair].double().numpy()
+        if len(values) > 2 and np.ptp(values, 0).all():
+            ranks = np.stack([_ranks(column) for column in values.T])
+            found = np.corrcoef(values.T)[0, 1], np.corrcoef(ranks)[0, 1], len(values)
+            joint = ",".join(names[i] for i in pair)
+            logged |= {f"rewards/{kind}/{joint}": float(x) for kind, x in zip(PAIRS, found, strict=True)}
     return logged
 
 
