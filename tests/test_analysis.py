@@ -19,6 +19,7 @@ from cosmo_fast.evaluate import wilson
 from cosmo_fast.models import load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import advantages
+from cosmo_fast.plan import Plan
 from cosmo_fast.rewards import MixedRewards
 from cosmo_fast.rewards.relations import relations
 from cosmo_fast.rollout import Sampler, SamplingParams
@@ -74,7 +75,7 @@ def test_a_planted_dependence_is_found_where_it_was_planted_and_in_the_responses
     assert found["z"].argmax() == 11 and found["p_family"][11] < 0.01 and np.flatnonzero(info._high(found["z"])) == [11]
     assert (np.delete(found["p_family"], 11) > 0.05).all()
     assert found["n"].tolist() == [24] * 12 + [16, 8]
-    assert np.nanmean(found["own"], axis=0).argmax() == 11 and (found["own"][:, 11] > 0).mean() > 0.8
+    assert np.nanmean(found["own"], axis=0).argmax() == 11 and (found["own"][:, 11] > 0).mean() > 0.7
     assert np.isnan(found["own"][2, 12]) and not np.isnan(found["own"][0]).any()
 
 
@@ -92,8 +93,6 @@ def test_states_are_those_of_a_plain_forward_over_prompt_and_response(small_worl
     prompt = info.Encoder(policy).prompt(row)
     response = np.array([11, 12, 13, 14])
     [states] = info._states(sampler, [prompt], [response])
-    from cosmo_fast.plan import Plan
-
     plan = Plan([prompt], [[response]])
     with torch.no_grad():
         plain = policy.hidden(plan, sampler.vision.features(plan.media))[-4:]
@@ -142,18 +141,20 @@ def test_a_scripted_policy_recovers_in_the_rows_where_it_does(small_world):
     assert found["examples"][0].startswith("<think>I see") and found["examples"][0].endswith("I cannot help with this.")
 
 
-def test_forced_tokens_stand_where_sampled_ones_would(small_world):
+def test_what_follows_the_forced_step_is_what_a_plain_forward_over_it_says(small_world, monkeypatch):
     policy = load_policy(small_world / "model")
-    sampler, params = Sampler(policy, Vision(policy)), SamplingParams(12, temperature=0)
+    sampler = Sampler(policy, Vision(policy))
     [r, *_] = harmful(load_rows(small_world / "scenes.jsonl"))
-    prompt = info.Encoder(policy).prompt(r)
-    [[free]] = sampler.generate([prompt], params)
-    words = policy.tokenizer.convert_ids_to_tokens(free.ids[:5].tolist())
-    step = policy.tokenizer.convert_tokens_to_string(words)
-    assert policy.tokenizer(step, add_special_tokens=False)["input_ids"] == free.ids[:5].tolist()
-    own = Row(r.source, r.messages, r.images, r.columns | {"unsafe_step": step})
-    [text] = recovery(policy, sampler, [own], SamplingParams(7, temperature=0))["examples"]
-    assert text == policy.tokenizer.decode(free.ids, skip_special_tokens=True)
+    drawn, generate = [], sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda *a, **options: drawn.append(generate(*a, **options)) or drawn[-1])
+    recovery(policy, sampler, [r], SamplingParams(6, temperature=0))
+    step = policy.tokenizer(unsafe_step(r), add_special_tokens=False)["input_ids"]
+    [[[forced]], _] = drawn
+    plan = Plan([info.Encoder(policy).prompt(r)], [[np.array([*step, *forced.ids])]])
+    with torch.no_grad():
+        hidden = policy.hidden(plan, sampler.vision.features(plan.media))[plan.label_rows]
+    said = (hidden @ policy.head_weight.T).argmax(-1).numpy()
+    assert said[len(step) :].tolist() == forced.ids.tolist()
 
 
 def mixed(each=4, groups=30, names=("format", "safety", "never")):
@@ -191,14 +192,15 @@ def test_correlations_are_over_the_samples_to_which_both_rewards_apply():
     tied = MixedRewards(torch.zeros(4), torch.tensor([[0, 0.0], [0, 1], [1, 1], [1, 9]]), torch.ones(4, 2), ("a", "b"))
     # ranks 1.5 1.5 3.5 3.5 and 1 2.5 2.5 4: by hand 3 / sqrt(4 · 4.5)
     assert relations(tied, 4)["rewards/rank_corr/a,b"] == pytest.approx(3 / math.sqrt(18))
-    assert not [key for key in relations(mixed(names=("a", "b", *"cdefghi"))[:0], 4) if "corr" in key]
+    many = MixedRewards(torch.zeros(4), torch.eye(4, 9), torch.ones(4, 9), tuple("abcdefghi"))
+    assert relations(many, 4) == {}
 
 
 def test_a_run_logs_the_relations_and_the_commands_sum_them_up(recipe, small_world, tmp_path, capsys, monkeypatch):
     from cosmo_fast import report
 
     monkeypatch.setattr(report, "write_plots", lambda folder: None)
-    trainer(recipe, ["--save_steps=0", "--stages.rl.reward_recipe={'*': {chance: 1, repetition: 1}}"]).train()
+    trainer(recipe, ["--stages.rl.reward_recipe={'*': {chance: 1, repetition: 1}}"]).train()
     capsys.readouterr()
     assert cli.main(["analyse", "rewards", str(tmp_path / "run")]) == 0
     [stage] = json.loads(capsys.readouterr().out)
