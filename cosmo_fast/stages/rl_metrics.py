@@ -42,7 +42,8 @@ def rollout_metrics(
     lengths = np.array([c.own.sum() for c in completions])
     judged = score([p.columns for p in owner], texts)
     by_group = mixed.total.view(-1, each)
-    return mixed.metrics() | relations(mixed, each) | {
+    logged = mixed.metrics() | relations(mixed, each)
+    return logged | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
         # over all groups, idle ones too
         "entropy": float(np.concatenate([c.entropies[c.own] for c in completions]).mean()),
