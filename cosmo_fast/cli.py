@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("--search", help="a JSONL corpus that answers <search> and <read>, as a recipe's tools")
     judging.add_argument("--trained-on", nargs="+", help="files of the model's training: is any token of DATA in none?")
     data_commands.add(commands)
-    analysing = analysis_commands.add(commands)
+    analysing = analysis_commands.add(commands, positive)
     asking = commands.add_parser("generate", help="a completion for one prompt")
     asking.add_argument("checkpoint", help="a Hugging Face model folder")
     asking.add_argument("--prompt", required=True, help="the user's text")

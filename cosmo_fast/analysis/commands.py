@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 
-def add(commands) -> list[argparse.ArgumentParser]:
-    """The sub-commands' arguments; returns those that sample, which take evaluate's bounds too."""
+def add(commands, positive) -> list[argparse.ArgumentParser]:
+    """The sub-commands' arguments (positive: type of counts); returns those that sample and take evaluate's bounds."""
     about = commands.add_parser("analyse", help="what a trained policy does inside")
     actions = about.add_subparsers(dest="action", required=True)
     peaks = actions.add_parser("peaks", help="where responses to harmful rows tell most about a safe answer")
@@ -15,7 +15,7 @@ def add(commands) -> list[argparse.ArgumentParser]:
         sub.add_argument("checkpoint", help=what)
         sub.add_argument("data", help="a JSONL file of rows; those with policy refuse are harmful")
         sub.add_argument("--image-root", help="folder of the pictures; default: the folder of DATA")
-        sub.add_argument("--limit", type=int, help="first rows only")
+        sub.add_argument("--limit", type=positive, help="first rows only")
         sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
         sub.add_argument("--seed", type=int, default=0)
     peaks.add_argument("out_dir", help="folder for peaks.json and peaks.png")
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     params = SamplingParams(options.max_completion_length, options.temperature)
     asked = {"seed": options.seed, "vision_prune": VisionPrune.parse(options.vision_prune)}
     folder = Path(options.checkpoint).absolute()
-    for stage, path in stage_ends(folder) if options.action == "recovery" else [("", folder)]:
+    for stage, path in stage_ends(folder) if options.action == "recovery" else [(folder.name, folder)]:
         policy = load_policy(path, device=options.device)
         bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
         action = recovery if options.action == "recovery" else peaks

@@ -18,10 +18,10 @@ def reward_summary(run_folder: Path) -> list[dict[str, Any]]:
     stages: dict[str, dict] = defaultdict(lambda: defaultdict(list))
     for row in read_metrics(run_folder / "metrics.jsonl"):
         for key, value in row.items():
-            _, kind, name = [*key.split("/", 2), "", ""][:3]
-            if key.startswith("rewards/") and name == "share":
+            family, kind, name = [*key.split("/", 2), "", ""][:3]
+            if family == "rewards" and name == "share":
                 stages[row["stage"]]["share", kind].append((value, 1))
-            elif key.startswith("rewards/") and kind in PAIRS:
+            elif family == "rewards" and kind in PAIRS and "," in name:
                 stages[row["stage"]][kind, name].append((value, row[f"rewards/corr_n/{name}"]))
     if not stages:
         raise ValueError(f"{run_folder}: metrics.jsonl has no rollout with rewards/NAME/share; is it a run with rl?")
