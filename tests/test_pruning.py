@@ -200,6 +200,18 @@ def test_a_matrix_product_whose_rounding_depends_on_its_rows_changes_no_choice(t
     assert rows.count(rows[0]) == 4, rows
 
 
+def test_features_encoded_beside_others_are_not_taken_for_those_of_a_picture_alone(tmp_path, monkeypatch):
+    policy, plain, _ = make_world(tmp_path)
+    policy.freeze_vision_tower(True)
+    media, vision, run = [plain[0].media[0], plain[3].media[0]], Vision(policy), Vision._run
+    monkeypatch.setattr(Vision, "_run", lambda self, some: run(self, some) + len(some))  # a product's last bits do so
+    alone = Vision(policy).features(media, alone=True)
+    together = vision.features(media)
+    assert not torch.equal(alone, together) and torch.equal(vision.features(media), together)
+    assert torch.equal(vision.features(media, alone=True), alone)
+    assert torch.equal(vision.features(media), alone)  # what was chosen from is what is trained on
+
+
 @pytest.mark.parametrize("setting", [HALF, INSIDE])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_is_alone_and_two_phases_are_one(tmp_path, setting, checkpointing):

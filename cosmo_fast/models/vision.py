@@ -52,10 +52,10 @@ class Vision:
         self.policy, self.max_image_pixels = policy, max_image_pixels
         self._patches = _ByteLRU(cache_mib << 20)
         self._grids: dict[str, torch.Tensor] = {}
-        self._features = _ByteLRU(cache_mib << 20)
+        self._features, self._together = _ByteLRU(cache_mib << 20), False
 
     def forget(self) -> None:
-        self._features = _ByteLRU(self._features.limit)
+        self._features, self._together = _ByteLRU(self._features.limit), False
 
     def features(self, media: list[Media], *, alone: bool = False) -> torch.Tensor | None:
         """Features (m, ...) of distinct ``media``, in order; None without any. Differentiable unless frozen.
@@ -66,7 +66,10 @@ class Vision:
             return None
         if not self.policy.vision_frozen:
             return torch.cat([self._run([m]) for m in media]) if alone else self._run(media)
+        if alone and self._together:
+            self.forget()
         missing = [m for m in media if m.key not in self._features]
+        self._together |= not alone and len(missing) > 1
         fresh = {}
         if missing:
             with torch.no_grad():
