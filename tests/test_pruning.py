@@ -428,7 +428,7 @@ def test_a_clip_is_the_pictures_of_one_grid_and_anything_else_is_refused(tmp_pat
     encoder = Encoder(policy, vision_prune=setting)
     prompt = encoder.prompt(single_row("what is this", frames[:3]))
     [[sample]] = sampled(policy, [prompt], n=1)
-    assert prompt.kept.count == len(sample.kept.rows) == 9 and sample.kept.rows[:6].tolist() == [*range(6)]
+    assert prompt.kept.count == len(sample.kept.rows) == 9 and (sample.kept.rows < 6).sum() == 5
     for some in (frames[:1], frames[2:]):
         with pytest.raises(DataError, match="the frames of a clip, at least two of one grid"):
             encoder.prompt(single_row("what is this", some))

@@ -142,9 +142,10 @@ def _order(selector, given, x, counts, image, k):
     else:
         _, h, w = given["grids"][image]
         rows, frame = x[start : start + n].double().tolist(), h * w
-        even = {(2 * j + 1) * frame // (2 * min(k, frame)) for j in range(min(k, frame))}
-        scores = [j in even for j in range(min(n, frame))]
-        scores += [_distance(rows[j], rows[j - frame]) / 1e9 - 1 for j in range(frame, n)]
+        some = min(-(-k // 2), frame)
+        even = {(2 * j + 1) * frame // (2 * some) for j in range(some)}
+        scores = [2 * (j in even) - 1 for j in range(min(n, frame))]
+        scores += [_distance(rows[j], rows[j - frame]) / 1e9 - 1 for j in range(frame, n)]  # below 1
     return sorted(range(n), key=lambda j: (-scores[j], j))
 
 
@@ -278,3 +279,9 @@ def test_the_rows_of_this_version_are_the_same_with_every_instruction_set_and_on
     x = torch.from_numpy(numbers.astype(np.float64) - 2.0**23).view(700, 333).float().to(DEVICE)
     rows = vision_prune(x, [400, 300], 0.6, selector, text=x[:2] + x[2:4])
     assert VERSION == 1 and hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16] == digest
+
+
+def test_a_clip_shows_what_changes_however_little_is_kept():
+    x = torch.ones(4 * 49, 8).to(DEVICE)
+    x[2 * 49 + 11] = 3  # one place changes in the third frame, and back in the fourth
+    assert {2 * 49 + 11, 3 * 49 + 11} <= {*vision_prune(x, [196], 0.11, "frame_difference", grids=[(4, 7, 7)]).tolist()}

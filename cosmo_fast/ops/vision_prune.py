@@ -96,8 +96,9 @@ def vision_prune(
             (images,) rows of it for each image, `key` (n, Hk, D), `lse` (Tq, H) the natural logarithm of the whole
             softmax's denominator, scale D ** -0.5 by default. No matrix of weights is stored.
             key_norm: smallest sum of squares of `key` over all heads.
-            frame_difference: `grids` (images, 3) of t, h, w: the first frame, then the largest squared difference to
-            the same place one frame before; `uniform` within the first frame where k is not more than its rows.
+            frame_difference: `grids` (images, 3) of t, h, w: the first frame, or where that is more than half of k,
+            ⌈k / 2⌉ of its rows, spread as by `uniform`; then the largest squared difference to the same place one
+            frame before (ours).
 
     max_min and dpp compare rows of length 32000 rounded to whole numbers (a row of zeros stays one), by their squared
     distances and products: the same rows on every device. The others sort sums: of attention in fp32 (fp64 for fp64),
@@ -238,7 +239,7 @@ def _changes(features, counts, kept, grids):
     first = -_squares(features, back, counts, "frame_difference", "features")
     first[back == 0] = 0
     for start, frame, k in zip(np.cumsum(counts) - counts, frames, kept, strict=True):
-        first[start + _even(frame, min(k, frame))] = -np.inf
+        first[start + _even(frame, min((k + 1) // 2, frame))] = -np.inf
     return first
 
 
