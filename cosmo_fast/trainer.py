@@ -134,10 +134,11 @@ class Trainer:
             max_completion_length=self.config.max_completion_length,
             timeout=stage.reward_timeout,
         )
-        if stage.multi_objective_aggregation == "gated" and stage.gate_reward not in mix.functions:
-            raise ConfigError(
-                f"gate_reward={stage.gate_reward!r} is no reward of stage {stage.name!r}: {[*mix.functions]}"
-            )
+        named = {"dynamic_sample_reward": stage.dynamic_sample_reward} if stage.dynamic_sample_reward else {}
+        named |= {"gate_reward": stage.gate_reward} if stage.multi_objective_aggregation == "gated" else {}
+        for setting, name in named.items():
+            if name not in mix.functions:
+                raise ConfigError(f"{setting}={name!r} is no reward of stage {stage.name!r}: {[*mix.functions]}")
         return mix
 
     def _check_rewards_used(self) -> None:

@@ -229,6 +229,13 @@ def test_groups_of_equal_rewards_are_replaced_until_the_bound(recipe, small_worl
     assert row["dynamic_sample/missing"] == 0 and row["dynamic_sample/resamplings"] >= 1
     assert row["frac_reward_zero_std"] == pytest.approx(1 - row["dynamic_sample/kept"]), "of all that was sampled"
 
+    named = [*base, "--stages.rl.reward_recipe={'*': {own: 1, other: 1}}", "--stages.rl.dynamic_sample_reward=own"]
+    rewards = {"own": lambda p, c, **k: [1.0] * len(c), "other": lambda p, c, **k: [hash_of(text) for text in c]}
+    run(recipe, *named, f"--output_dir={tmp_path}/named", rewards=rewards)
+    assert metrics(tmp_path / "named")[-1]["dynamic_sample/missing"] == 6, "only the named reward has to differ"
+    with pytest.raises(ConfigError, match="dynamic_sample_reward='owm' is no reward of stage 'rl'"):
+        run(recipe, *named, "--stages.rl.dynamic_sample_reward=owm", rewards=rewards)
+
     never = [*base, f"--output_dir={tmp_path}/never", "--stages.rl.max_resample_times=2"]
     with pytest.raises(ValueError, match="after 2 resamplings 0 of the 6 groups .*set resample_exhausted: fill"):
         run(recipe, *never, "--stages.rl.resample_exhausted=error", rewards={"own": lambda p, c, **k: [1.0] * len(c)})

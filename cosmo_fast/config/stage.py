@@ -107,6 +107,7 @@ class StageConfig(Strict):
     format_weight: Weight = 1.0
     constraints: dict[str, Constraint] = Field(default_factory=dict)  # reward -> what its mean is to reach
     dynamic_sample: bool = False  # DAPO: groups of equal rewards are replaced by groups of further prompts
+    dynamic_sample_reward: str | None = None  # the reward that must differ (rows without it: the sum); default: the sum
     max_resample_times: int = Field(default=3, gt=0)  # further samplings a rollout, at most
     resample_exhausted: Literal["fill", "error"] = "fill"  # then: go on with such groups, or stop
     reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # reward -> argument -> value
@@ -196,7 +197,8 @@ class StageConfig(Strict):
         idle |= {name: "a beta above 0" for name in ("kl", "use_bias_correction_kl") if not self.beta}
         referring = ["reference_refresh_steps", *(["reference"] if self.reference != "none" else [])]
         idle |= {name: "a beta above 0" for name in referring if not self.beta}
-        idle |= {n: "dynamic_sample" for n in ("max_resample_times", "resample_exhausted") if not self.dynamic_sample}
+        sampling = ("dynamic_sample_reward", "max_resample_times", "resample_exhausted")
+        idle |= {} if self.dynamic_sample else dict.fromkeys(sampling, "dynamic_sample")
         self._refuse_idle(idle)
         if self.multi_objective_aggregation == "lagrangian" and not self.constraints:
             raise ValueError("multi_objective_aggregation=lagrangian needs constraints, whose multipliers it applies")

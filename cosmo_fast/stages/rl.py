@@ -175,7 +175,7 @@ class RLStage:
         """
         stage, each, times = self.context.stage, self.context.stage.num_generations, 0
         while True:
-            varied, groups = rollout.varied(each), len(rollout.owner) // each
+            varied, groups = rollout.varied(each, stage.dynamic_sample_reward), len(rollout.owner) // each
             missing = wanted - len(varied)
             if missing <= 0 or times == stage.max_resample_times:
                 break

@@ -37,9 +37,13 @@ class Rollout:
         lists = ([getattr(self, name)[i] for i in index] for name in ("owner", "completions", "texts"))
         return Rollout(*lists, self.mixed[torch.tensor(index)], self.sample_s, self.reward_s)
 
-    def varied(self, each: int) -> list[int]:
-        """The groups whose rewards are not all equal."""
-        rewards = self.mixed.total.view(-1, each)
+    def varied(self, each: int, reward: str | None = None) -> list[int]:
+        """The groups whose rewards are not all equal: those named ``reward``, where it applies, else the sums."""
+        rewards = self.mixed.total
+        if reward is not None:
+            column = self.mixed.matrix[:, self.mixed.names.index(reward)]
+            rewards = torch.where(column.isnan(), rewards, column)
+        rewards = rewards.view(-1, each)
         return torch.nonzero(rewards.amax(1) > rewards.amin(1)).flatten().tolist()
 
     def shown(self, gains: list[float], count: int) -> list[dict[str, Any]]:
