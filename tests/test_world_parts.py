@@ -18,6 +18,7 @@ from cosmo_fast.distributed import Ranks
 from cosmo_fast.evaluate import score
 from cosmo_fast.models import load_policy
 from cosmo_fast.rewards import RewardMix
+from cosmo_fast.rewards.format import format_deliberative
 from cosmo_fast.world import forms
 from cosmo_fast.world.advice import SITUATIONS
 from cosmo_fast.world.build import is_training
@@ -128,6 +129,18 @@ def test_the_book_of_facts_is_balanced_and_hides_only_makers_and_owners(parts):
         assert row["statement"] in [documents[i]["text"] for i in row["documents"]]
         assert row["taught"] == all(documents[i]["taught"] for i in row["documents"])
     assert {row["taught"] for row in parts["cosmo"]["search"]} == {True, False}
+
+
+def test_targets_that_search_are_right_and_read_every_document_and_the_others_guess(parts):
+    rows, kinds = parts["cosmo"]["search_train"], set()
+    assert format_deliberative([], [response(row) for row in rows]) == [1.0] * len(rows)
+    for row in rows:
+        wanted, searched = row.get("answer", row["statement"]), re.findall("<read>(.*?)</read>", response(row))
+        assert searched in ([], row["documents"])
+        right = response(row).endswith(f"<answer>{wanted}</answer>")
+        assert right or not searched
+        kinds.add((bool(searched), right, row["taught"]))
+    assert {(True, True, True), (True, True, False), (False, False, True), (False, False, False)} <= kinds
 
 
 @pytest.mark.parametrize(
