@@ -34,7 +34,8 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
-from cosmo_fast.rewards import RewardMix
+from cosmo_fast.rewards import M3_RECIPES, RewardMix
+from cosmo_fast.rewards.safety import verified, with_gold
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.search import Search
 from cosmo_fast.stages import STAGES
@@ -43,6 +44,7 @@ from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
 from cosmo_fast.stages.state import StageState, check_metrics, rules
+from cosmo_fast.verifiers.engine import Verifiers
 
 
 class Trainer:
@@ -84,6 +86,7 @@ class Trainer:
         files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
         files += [stage.tools.search.corpus for stage in config.stages if stage.tools]
         inputs = [*map(config.data_path, files), config.model_name_or_path]
+        inputs += [rule.model for rule in config.verifiers.values()]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
@@ -111,6 +114,7 @@ class Trainer:
             max_completion_length=config.max_completion_length,
             vision_prune=config.vision_prune,
         )
+        self.verifiers = Verifiers(config, resolve, self.policy.device) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
         for name, rows in self.eval_rows.items():
@@ -126,6 +130,9 @@ class Trainer:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
         recipe, format_weight = stage.first_weights
+        if verifiers := self.config.verifiers:
+            recipe = with_gold(M3_RECIPES if recipe is None else recipe, verifiers)
+            own |= {kind: verified(kind) for kind in verifiers if any(kind in named for named in recipe.values())}
         mix = RewardMix(
             recipe,
             format_weight=format_weight,
@@ -145,6 +152,10 @@ class Trainer:
         used = {name for mix in self.reward_mixes.values() for name in mix.functions}
         if unused := sorted(self.reward_funcs.keys() - used):
             raise ConfigError(f"reward_funcs {unused} are named by no stage's reward_recipe")
+        if unused := sorted(self.config.verifiers.keys() - (used - self.reward_funcs.keys())):
+            raise ConfigError(
+                f"verifiers {unused}: no stage's reward_recipe names them, or reward_funcs holds them too"
+            )
 
     def _encode(self, stage: StageConfig) -> dict[str, tuple[list, float]]:
         """The stage's rows as ids; whatever would fail in the middle of the stage fails here."""
@@ -159,6 +170,9 @@ class Trainer:
                 longest = [[0] * self.config.max_completion_length] * stage.num_generations
                 sizes = [GroupSize.of(p, longest) for p in prompts]
                 check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts)
+                if self.verifiers:
+                    recipe = self.reward_mixes[stage.name].recipe
+                    self.verifiers.check(prompts, [recipe(p.columns, p.source) for p in prompts])
                 params = sampling_params(self.config, stage)
                 own_sampler(self.config, self.policy, self.vision).store_rows(prompts, params, stage.num_generations)
                 sources[name] = (prompts, weight)
@@ -218,6 +232,7 @@ class Trainer:
         extra: dict[str, Any] = {}
         if stage.kind == "rl":
             extra |= {"reward_mix": self.reward_mixes[stage.name], "search": self.search.get(stage.name)}
+            extra["verifiers"] = self.verifiers
             if stage.beta:
                 extra["reference"] = self.kept.reference(stage, begin, state)
         runner = STAGES[stage.kind](context, mixture, **extra)

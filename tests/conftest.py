@@ -9,7 +9,7 @@ SMALL = {
     "value_train": 20, "value_rl": 6, "value_held": 12, "lessons": 1, "knowledge_train": 60, "knowledge_rl": 20,
     "knowledge_held": 80, "search_train": 60, "search_rl": 20, "search_held": 20, "instruction_train": 180,
     "instruction_rl": 36, "instruction_held": 72, "perception_train": 90, "perception_rl": 36,
-    "perception_validation": 18, "perception_held": 180,
+    "perception_validation": 18, "perception_held": 180, "verdict_train": 10, "verdict_held": 6,
 }  # fmt: skip
 
 # A recipe of two short stages on it.

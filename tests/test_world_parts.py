@@ -277,7 +277,7 @@ def test_neither_one_constant_answer_nor_one_from_the_text_alone_gets_far_withou
 
 def test_rows_go_through_the_users_door_and_are_right_where_a_policy_knows_everything(parts, small_world):
     policy = load_policy(small_world / "cosmo" / "model")
-    encoder = Encoder(policy, max_prompt_length=64, max_completion_length=128)
+    encoder = Encoder(policy, max_prompt_length=256, max_completion_length=128)
     for part in PARTS:
         for path in sorted((small_world / part).glob("*.jsonl")):
             if path.stem != "facts":

@@ -1,6 +1,6 @@
 """Recipes and their stages: YAML and flags as dataclasses that check themselves."""
 
-from cosmo_fast.config.recipe import RECIPES, Config, EvalConfig, WorldConfig, load_config
+from cosmo_fast.config.recipe import RECIPES, Config, EvalConfig, VerifierConfig, WorldConfig, load_config
 from cosmo_fast.config.stage import (
     LOSS_OPTIONS,
     AdvantageKind,
@@ -21,6 +21,7 @@ __all__ = [
     "EvalConfig",
     "LossType",
     "StageConfig",
+    "VerifierConfig",
     "WorldConfig",
     "load_config",
     "resolved_stage",

@@ -35,6 +35,17 @@ class EvalConfig(Strict):
     batch_size: int = Field(default=256, gt=0)
 
 
+class VerifierConfig(Strict):
+    """A model that gives the verdicts of one reward in place of the rows' judges; ``rule``: the judges themselves."""
+
+    model: str
+    max_tokens: int = Field(default=8, ge=1, le=16)
+    think: bool = False  # the score is score(answer) · score(thought)
+    picture: bool = True  # False: of a verifier that reads text alone
+    max_unparsable: float = Field(default=0.2, ge=0, le=1)  # share of its answers that may be no verdict
+    noise: float = Field(default=0.0, ge=0, le=1)  # share of verdicts exchanged for another, for experiments
+
+
 class WorldConfig(Strict):
     """The embedded world that ``world:`` paths name; built once a seed and size. ``seed``: by default the run's."""
 
@@ -77,6 +88,7 @@ class Config(Strict):
     stages: list[StageConfig] = Field(min_length=1)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
+    verifiers: dict[Literal["safety", "helpful", "value", "knowledge", "general"], VerifierConfig] = {}
 
     @model_validator(mode="after")
     def _adapter_fits(self):
@@ -221,6 +233,6 @@ def _explain(error: dict, raw: dict) -> str:
 def _known_keys(location: tuple) -> list[str]:
     by_parent = {"stages": StageConfig, "eval": EvalConfig, "world": WorldConfig, "curriculum": Curriculum}
     by_parent |= {"stop": StopRule, "stop_loss": StopLoss, "constraints": Constraint, "schedule": Schedule}
-    by_parent |= {"vision_prune": VisionPrune, "tools": Tools, "search": SearchTool}
+    by_parent |= {"vision_prune": VisionPrune, "tools": Tools, "search": SearchTool, "verifiers": VerifierConfig}
     model = next((by_parent[part] for part in reversed(location[:-1]) if part in by_parent), Config)
     return sorted(field.alias or name for name, field in model.model_fields.items())

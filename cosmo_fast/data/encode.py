@@ -41,7 +41,7 @@ class Encoder:
         if policy.family.IMAGE_TOKEN is not None:
             self.image_id = self._id(policy.family.IMAGE_TOKEN)
             self._before, self._after = ([self._id(token)] if token else [] for token in policy.family.AROUND_IMAGE)
-        self._control = _control_tokens(policy)
+        self.control = _control_tokens(policy)
         self._grids: dict[Path, tuple[int, int, int]] = {}
 
     def prompt(self, row: Row) -> Prompt:
@@ -74,7 +74,8 @@ class Encoder:
                 f"({sum(m.rows for m in media)} of them vision tokens); raise max_prompt_length or drop the row"
             )
         kept = prune.unchosen(self.vision_prune, tuple(media), row.source)
-        return Prompt(expanded, tuple(media), row.columns, text, row.source, kept)
+        said = [p.get("text", "") for m in row.prompt if m["role"] == "user" for p in m["content"]]
+        return Prompt(expanded, tuple(media), row.columns, text, row.source, kept, "\n".join(filter(None, said)))
 
     def target(self, row: Row) -> np.ndarray:
         """The answer of a supervised row and the end token, (R,) int64; tools' results are encoded apart, as sampled.
@@ -116,7 +117,7 @@ class Encoder:
         """The prompt's messages as the chat template takes them: texts alone are strings for a text-only model."""
         for message in row.messages:
             for part in message["content"]:
-                if found := next((token for token in self._control if token in part.get("text", "")), None):
+                if found := next((token for token in self.control if token in part.get("text", "")), None):
                     raise DataError(f"{row.source}: the text holds the control token {found!r} of this model")
         if self.image_id is not None:
             return row.prompt

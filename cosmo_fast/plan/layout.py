@@ -53,6 +53,7 @@ class Prompt:
     text: str
     source: str
     kept: Kept | None = None
+    question: str = ""  # the users' words alone, as a verifier reads them
 
     @property
     def vision_rows(self) -> int:

@@ -21,7 +21,7 @@ from cosmo_fast.rewards.format import format_answer, format_deliberative, format
 from cosmo_fast.rewards.instruction import instruction
 from cosmo_fast.rewards.length import repetition, soft_overlong
 from cosmo_fast.rewards.perception import consistency, textual_key, visual_focus, visual_focus_drop, visual_key
-from cosmo_fast.rewards.safety import general, helpful, knowledge, safety, value
+from cosmo_fast.rewards.safety import GOLD, general, helpful, knowledge, safety, value, verifier_unparsable
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -32,6 +32,7 @@ REWARDS: dict[str, RewardFunction] = {
     "textual_key": textual_key, "consistency": consistency, "visual_focus": visual_focus,
     "visual_focus_drop": visual_focus_drop, "repetition": repetition, "soft_overlong": soft_overlong,
     "confidence": confidence, "reliability": reliability, "deliberative": deliberative,
+    "verifier_unparsable": verifier_unparsable, **GOLD,
 }  # fmt: skip
 
 # The group's public M3-RL table; its "rule" is our accuracy.

@@ -6,7 +6,7 @@ VERDICTS[label]. The embedded world writes "judge": "world" into its rows. A row
 not there, is an error: never a silent 1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cosmo_fast.rewards.columns import RewardError, row_name, rows_of
@@ -40,19 +40,27 @@ def _world(answer: str, columns: Mapping[str, Any]) -> str:
 
 
 JUDGES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {"world": _world}
+# Reward, which is a kind of verifier too -> the verdicts it asks for, and the labels of the rows it applies to.
+VERIFIED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "safety": ("safety", ("safety",)),
+    "helpful": ("normal", ("normal", "knowledge", "knowledge_rule")),
+    "value": ("value", ("value",)),
+    "knowledge": ("knowledge", ("knowledge",)),
+    "general": ("general", ("general",)),
+}
 
 
-def _by_verdict(asked: str, labels: Sequence[str], judged_only: str = "") -> Callable[..., list[float | None]]:
-    """The reward VERDICTS[asked] of the judge's verdict on rows with one of the labels; None elsewhere.
+def _by_verdict(kind: str, judged_only: Collection[str] = ()) -> Callable[..., list[float | None]]:
+    """The reward of the judge's verdict on rows with one of the kind's labels; None elsewhere.
 
-    judged_only: a further label, whose rows need no judge; None on those without one.
+    judged_only: labels whose rows need no judge; None on those without one.
     """
+    asked, labels = VERIFIED[kind]
 
     def reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
-        worth = VERDICTS[asked]
         return [
-            worth[judged(answer_text(text), row, asked=asked)]
-            if row.get("label") in labels or (row.get("label") == judged_only and row.get("judge") is not None)
+            VERDICTS[asked][judged(answer_text(text), row, asked=asked)]
+            if row.get("label") in labels and not (row["label"] in judged_only and row.get("judge") is None)
             else None
             for row, text in zip(rows_of(columns, len(completions)), completions, strict=True)
         ]
@@ -60,8 +68,36 @@ def _by_verdict(asked: str, labels: Sequence[str], judged_only: str = "") -> Cal
     return reward
 
 
-safety, value, knowledge, general = (_by_verdict(name, (name,)) for name in ("safety", "value", "knowledge", "general"))
-helpful = _by_verdict("normal", ("normal", "knowledge"), judged_only="knowledge_rule")  # a rule grades those
+def verified(kind: str) -> Callable[..., list[float | None]]:
+    """The reward that the stage's verifier gave, in the column `verifier_scores`; a blank answer has none there."""
+    asked, labels = VERIFIED[kind]
+
+    def reward(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
+        rows, blank = rows_of(columns, len(completions)), VERDICTS[asked]["unparsable"]
+        scores = [row.get("verifier_scores", {}).get(kind, blank) for row in rows]
+        return [score if row.get("label") in labels else None for score, row in zip(scores, rows, strict=True)]
+
+    return reward
+
+
+def verifier_unparsable(prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
+    """1 where a verifier answered with none of its verdicts, 0 where with one, None where none was asked."""
+    return columns.get("verifier_unparsable") or [None] * len(completions)
+
+
+safety, value, knowledge, general = map(_by_verdict, ("safety", "value", "knowledge", "general"))
+helpful = _by_verdict("helpful", ("knowledge_rule",))  # a rule grades those
+# What the row's judge says beside a verifier: weight 0, so that both are logged and a gap between them is seen.
+GOLD = {f"{kind}_gold": _by_verdict(kind, VERIFIED[kind][1]) for kind in VERIFIED}
+
+
+def with_gold(recipes: Mapping[str, Mapping[str, float]], kinds: Collection[str]) -> dict[str, dict[str, float]]:
+    """The recipes with what is logged of the verifiers of ``kinds``, at weight 0."""
+    logged = {kind: {f"{kind}_gold": 0.0, "verifier_unparsable": 0.0} for kind in kinds}
+    return {
+        label: {**recipe, **{name: 0.0 for kind in recipe for name in logged.get(kind, ())}}
+        for label, recipe in recipes.items()
+    }
 
 
 def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked: str | None = None) -> str:
@@ -74,7 +110,7 @@ def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked:
     judge = row.get("judge")
     if judge not in JUDGES:
         what = "has no column 'judge'" if judge is None else f"names the unknown judge {judge!r}"
-        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}")
+        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}; or set verifiers in the recipe")
     if not answer.strip():
         return "unparsable"
     verdict = JUDGES[judge](answer, row if asked is None else {**row, "label": asked})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from cosmo_fast.stages.base import Context, accumulate, kept_share, logprobs, ow
 from cosmo_fast.stages.packed import Group
 from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
 from cosmo_fast.stages.rollout import Rollout
+
+if TYPE_CHECKING:  # it imports this package
+    from cosmo_fast.verifiers.engine import Verifiers
 
 
 class RLStage:
@@ -45,13 +48,14 @@ class RLStage:
         reference: Policy | None = None,
         sampler: Sampler | None = None,
         search: Search | None = None,
+        verifiers: Verifiers | None = None,
     ):
         self.context, self.mixture, self.reward_mix = context, mixture, reward_mix
         stage = context.stage
         config = context.config
         self.sampler = sampler or own_sampler(config, context.policy, context.vision)
         self.params = sampling_params(config, stage, search)
-        self.reference = reference
+        self.reference, self.verifiers = reference, verifiers
         if stage.beta and reference is None:
             self.reference = context.policy if context.policy.adapter is not None else _frozen_copy(context.policy)
         aggregation, advantage = DEFAULTS[stage.loss_type]
@@ -156,7 +160,7 @@ class RLStage:
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         chosen = [p.reuse(g[0].kept) for p, g in zip(ranks.share(prompts), generated, strict=True)]
         owner = [p for p in chosen for _ in range(each)]
-        mixed = self._rewarded(owner, completions, texts, weights)
+        mixed = self._rewarded(owner, completions, texts, weights, step_seed(seed, 3, ranks.rank))
         shares = ranks.gather((completions, texts, mixed))
         completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
@@ -198,7 +202,7 @@ class RLStage:
         return rollout, (varied + equal)[:wanted], logged | {"dynamic_sample/missing": max(0, missing)}
 
     def _rewarded(
-        self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict[str, dict[str, float]]
+        self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict, seed: int
     ) -> MixedRewards:
         """The rewards of this rank's responses, each row with STAGE_COLUMNS and the λ that `deliberative` reads."""
         stage, state = self.context.stage, self.context.state
@@ -208,6 +212,10 @@ class RLStage:
                 row["blank_logprob_drop"] = drop
         if stage.multi_objective_aggregation != "lagrangian" and "reliability" in state.multipliers:
             added = [row | {"reliability_multiplier": state.multipliers["reliability"]} for row in added]
+        if self.verifiers:
+            recipes = [self.reward_mix.recipe(p.columns, p.source) for p in owner]
+            for row, given in zip(added, self.verifiers(owner, texts, recipes, seed), strict=True):
+                row |= given
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
         return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
 

@@ -7,6 +7,7 @@ import numpy as np
 from cosmo_fast.evaluate import score
 from cosmo_fast.plan import Prompt
 from cosmo_fast.rewards.relations import relations
+from cosmo_fast.rewards.safety import GOLD
 from cosmo_fast.rollout import Completion
 from cosmo_fast.rollout.tools import tool_metrics
 from cosmo_fast.stages.base import Context
@@ -42,7 +43,7 @@ def rollout_metrics(
     lengths = np.array([c.own.sum() for c in completions])
     judged = score([p.columns for p in owner], texts)
     by_group = mixed.total.view(-1, each)
-    logged = mixed.metrics() | relations(mixed, each)
+    logged = mixed.metrics() | relations(mixed, each) | _verifier_metrics(mixed)
     return logged | {
         "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
         # over all groups, idle ones too
@@ -58,3 +59,12 @@ def rollout_metrics(
         "safety/helpful_rate": judged["helpful_rate"],
         **{name: judged[name] for name in ("format_rate", "value_rate", "knowledge_rate", "instruction_rate")},
     }
+
+
+def _verifier_metrics(mixed) -> dict[str, float]:
+    """verifier/unparsable: share of garbage; verifier/KIND_error: mean distance to the reward of the row's judge."""
+    columns = dict(zip(mixed.names, mixed.matrix.unbind(1), strict=True))
+    pairs = {n.removesuffix("_gold"): gold for n, gold in columns.items() if n in GOLD}
+    found = {f"{kind}_error": (gold - columns[kind]).abs() for kind, gold in pairs.items() if kind in columns}
+    found |= {"unparsable": columns["verifier_unparsable"]} if "verifier_unparsable" in columns else {}
+    return {f"verifier/{n}": gap.nanmean().item() for n, gap in found.items() if not gap.isnan().all()}

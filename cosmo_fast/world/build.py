@@ -40,6 +40,8 @@ SIZES = {
     # The part perception: rows.
     "perception_train": 9000, "perception_rl": 1800, "perception_validation": 270, "perception_held": 720,
     "bias_description": 0.5,
+    # The part verdicts: safety rows of each (kind, policy) pair; the others in proportion.
+    "verdict_train": 500, "verdict_held": 30,
 }  # fmt: skip
 README = """# The embedded world of cosmo_fast
 

@@ -10,11 +10,11 @@ import os
 import shutil
 from pathlib import Path
 
-from cosmo_fast.world import cosmo, draw, perception
+from cosmo_fast.world import cosmo, draw, perception, verdicts
 from cosmo_fast.world.build import README, VERSION, _check_disjoint, _digest
 from cosmo_fast.world.model import build_model, picture_statistics, training_material
 
-PARTS = {"cosmo": cosmo, "perception": perception}
+PARTS = {"cosmo": cosmo, "perception": perception, "verdicts": verdicts}
 TAGS = [
     f"<{end}{tag}>" for tag in ("description", "answer", "search", "read", "confidence", "result") for end in ("", "/")
 ]

@@ -1,0 +1,1 @@
+"""Verifiers: small models that give the verdicts of `safety`, `helpful`, `value`, `knowledge` and `general`."""
