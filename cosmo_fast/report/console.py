@@ -35,6 +35,7 @@ RATES = (
     ("value_rate", "good advice"),
     ("knowledge_rate", "known"),
     ("instruction_rate", "instructions"),
+    ("verdict_accuracy", "right verdicts"),
     ("format_rate", "format"),
 )
 
