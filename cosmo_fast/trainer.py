@@ -34,8 +34,7 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
-from cosmo_fast.rewards import M3_RECIPES, RewardMix
-from cosmo_fast.rewards.safety import verified, with_gold
+from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.search import Search
 from cosmo_fast.stages import STAGES
@@ -44,7 +43,7 @@ from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
 from cosmo_fast.stages.state import StageState, check_metrics, rules
-from cosmo_fast.verifiers.engine import Verifiers
+from cosmo_fast.verifiers.engine import Verifiers, rewarded
 
 
 class Trainer:
@@ -85,8 +84,11 @@ class Trainer:
         run_folder.check_save_steps(config, self.ranks)
         files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
         files += [stage.tools.search.corpus for stage in config.stages if stage.tools]
-        inputs = [*map(config.data_path, files), config.model_name_or_path]
-        inputs += [rule.model for rule in config.verifiers.values()]
+        inputs = [
+            *map(config.data_path, files),
+            config.model_name_or_path,
+            *(v.model for v in config.verifiers.values()),
+        ]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
@@ -114,7 +116,8 @@ class Trainer:
             max_completion_length=config.max_completion_length,
             vision_prune=config.vision_prune,
         )
-        self.verifiers = Verifiers(config, resolve, self.policy.device) if config.verifiers else None
+        mixes = self.reward_mixes.values()
+        self.verifiers = Verifiers(config, resolve, self.policy.device, mixes) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
         for name, rows in self.eval_rows.items():
@@ -130,9 +133,8 @@ class Trainer:
         used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
         own = {name: f for name, f in self.reward_funcs.items() if name in used}
         recipe, format_weight = stage.first_weights
-        if verifiers := self.config.verifiers:
-            recipe = with_gold(M3_RECIPES if recipe is None else recipe, verifiers)
-            own |= {kind: verified(kind) for kind in verifiers if any(kind in named for named in recipe.values())}
+        if self.config.verifiers:
+            recipe, own = rewarded(recipe, own, self.config.verifiers)
         mix = RewardMix(
             recipe,
             format_weight=format_weight,
@@ -152,10 +154,6 @@ class Trainer:
         used = {name for mix in self.reward_mixes.values() for name in mix.functions}
         if unused := sorted(self.reward_funcs.keys() - used):
             raise ConfigError(f"reward_funcs {unused} are named by no stage's reward_recipe")
-        if unused := sorted(self.config.verifiers.keys() - (used - self.reward_funcs.keys())):
-            raise ConfigError(
-                f"verifiers {unused}: no stage's reward_recipe names them, or reward_funcs holds them too"
-            )
 
     def _encode(self, stage: StageConfig) -> dict[str, tuple[list, float]]:
         """The stage's rows as ids; whatever would fail in the middle of the stage fails here."""
@@ -171,8 +169,7 @@ class Trainer:
                 sizes = [GroupSize.of(p, longest) for p in prompts]
                 check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts)
                 if self.verifiers:
-                    recipe = self.reward_mixes[stage.name].recipe
-                    self.verifiers.check(prompts, [recipe(p.columns, p.source) for p in prompts])
+                    self.verifiers.check(prompts, self.reward_mixes[stage.name])
                 params = sampling_params(self.config, stage)
                 own_sampler(self.config, self.policy, self.vision).store_rows(prompts, params, stage.num_generations)
                 sources[name] = (prompts, weight)

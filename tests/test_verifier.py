@@ -19,10 +19,10 @@ from cosmo_fast.data.rows import single_row
 from cosmo_fast.evaluate import score
 from cosmo_fast.models import load_policy
 from cosmo_fast.rewards import VERDICTS, RewardMix
-from cosmo_fast.rewards.safety import VERIFIED, verified, with_gold
+from cosmo_fast.rewards.safety import VERIFIED
 from cosmo_fast.trainer import Trainer
 from cosmo_fast.verifiers import engine as engines
-from cosmo_fast.verifiers.engine import Engine, Verifiers
+from cosmo_fast.verifiers.engine import Engine, Verifiers, rewarded
 from cosmo_fast.verifiers.prompt import p_score, parse, verifier_messages
 from cosmo_fast.world.model import build_model
 from cosmo_fast.world.parts import ensure_part
@@ -122,12 +122,13 @@ def test_a_verifier_that_is_missing_is_an_error_before_work_begins(folder, pictu
     prompt = asked(folder, picture, label="value")
     with pytest.raises(ConfigError, match="no column 'judge'.*set verifiers"):
         check_rewards("rl", RewardMix({"value": {"value": 1}}, format_weight=0), [prompt])
-    mix = RewardMix(with_gold({"value": {"value": 1.0}}, ["value"]), rewards={"value": verified("value")})
+    recipes, own = rewarded({"value": {"value": 1.0}}, {}, ["value"])
+    mix = RewardMix(recipes, rewards=own)
     check_rewards("rl", mix, [prompt])  # it is there
     with pytest.raises(ValueError, match="max_tokens"):
         recipe(value={"model": "x", "max_tokens": 17})
     with pytest.raises(ValueError, match="judge"):
-        Verifiers(recipe(value={"model": "rule"})).check([prompt], [["value"]])
+        Verifiers(recipe(value={"model": "rule"})).check([prompt], mix)
 
 
 def test_chances_and_p_scores_are_those_of_transformers_own_forward(folder, picture):

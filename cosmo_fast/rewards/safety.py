@@ -91,15 +91,6 @@ helpful = _by_verdict("helpful", ("knowledge_rule",))  # a rule grades those
 GOLD = {f"{kind}_gold": _by_verdict(kind, VERIFIED[kind][1]) for kind in VERIFIED}
 
 
-def with_gold(recipes: Mapping[str, Mapping[str, float]], kinds: Collection[str]) -> dict[str, dict[str, float]]:
-    """The recipes with what is logged of the verifiers of ``kinds``, at weight 0."""
-    logged = {kind: {f"{kind}_gold": 0.0, "verifier_unparsable": 0.0} for kind in kinds}
-    return {
-        label: {**recipe, **{name: 0.0 for kind in recipe for name in logged.get(kind, ())}}
-        for label, recipe in recipes.items()
-    }
-
-
 def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked: str | None = None) -> str:
     """The verdict of the row's judge on an answer, one of VERDICTS[asked]; by default `asked` is the row's label.
 

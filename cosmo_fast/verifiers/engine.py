@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from cosmo_fast.data.rows import DataError, Row
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Prompt
-from cosmo_fast.rewards import VERDICTS, answer_text
-from cosmo_fast.rewards.safety import VERIFIED, judged
+from cosmo_fast.rewards import M3_RECIPES, VERDICTS, RewardMix, answer_text
+from cosmo_fast.rewards.safety import VERIFIED, judged, verified
 from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.packed import Group, passes
 from cosmo_fast.verifiers.prompt import p_score, parse, reference, verifier_messages
@@ -75,13 +75,35 @@ class Engine:
         return np.exp(np.array(logps))
 
 
+def rewarded(
+    recipes: Mapping[str, Mapping[str, float]] | None, own: dict[str, Any], kinds: Collection[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """A stage's recipes with what is logged of its verifiers at weight 0, and ``own`` rewards with the verifiers'."""
+    if both := sorted(own.keys() & set(kinds)):
+        raise ConfigError(f"verifiers and reward_funcs both give {both}: keep one")
+    recipes = M3_RECIPES if recipes is None else recipes
+    logged = {kind: {f"{kind}_gold": 0.0, "verifier_unparsable": 0.0} for kind in kinds}
+    full = {
+        label: {**recipe, **{name: 0.0 for kind in recipe for name in logged.get(kind, ())}}
+        for label, recipe in recipes.items()
+    }
+    return full, own | {kind: verified(kind) for kind in kinds if any(kind in recipe for recipe in recipes.values())}
+
+
 class Verifiers:
     """The verifiers of a recipe's ``verifiers``. ``engines``: one a checkpoint, however many kinds name it.
 
-    ``resolve``: ``world:`` names to paths; ``device``: where they wake. ValueError: a model that cannot be loaded.
+    ``resolve``: ``world:`` names to paths; ``device``: where they wake; ``mixes``: the stages'. ValueError: a model
+    that cannot be loaded, or that no stage has use for.
     """
 
-    def __init__(self, config: Config, resolve: Callable[[str], str] = str, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: Config, resolve: Callable[[str], str] = str, device: torch.device | str = "cpu",
+        mixes: Iterable[RewardMix] | None = None,
+    ):  # fmt: skip
+        used = config.verifiers if mixes is None else {name for mix in mixes for name in mix.functions}
+        if unused := sorted(config.verifiers.keys() - used):
+            raise ConfigError(f"verifiers {unused}: no stage's reward_recipe names them")
         self.rules, self.device, self.engines, self.of = config.verifiers, torch.device(device), {}, {}
         for kind, rule in self.rules.items():
             path = resolve(rule.model)
@@ -93,10 +115,10 @@ class Verifiers:
                     raise ConfigError(f"verifiers.{kind}.model={rule.model!r}: {error}") from error
                 self.engines[path] = Engine(policy, config)
 
-    def check(self, prompts: Sequence[Prompt], recipes: Sequence[Collection[str]]) -> None:
+    def check(self, prompts: Sequence[Prompt], mix: RewardMix) -> None:
         """ValueError where a row cannot be shown to the verifier that it needs, or to its judge."""
-        for prompt, recipe in zip(prompts, recipes, strict=True):
-            for kind in self._needed(prompt, recipe):
+        for prompt in prompts:
+            for kind in self._needed(prompt, mix.recipe(prompt.columns, prompt.source)):
                 try:
                     self._shown(kind, prompt, "", np.random.default_rng(0))
                 except ValueError as error:
