@@ -84,11 +84,8 @@ class Trainer:
         run_folder.check_save_steps(config, self.ranks)
         files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
         files += [stage.tools.search.corpus for stage in config.stages if stage.tools]
-        inputs = [
-            *map(config.data_path, files),
-            config.model_name_or_path,
-            *(v.model for v in config.verifiers.values()),
-        ]
+        inputs = [*map(config.data_path, files), config.model_name_or_path]
+        inputs += [verifier.model for verifier in config.verifiers.values()]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
         self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
@@ -116,8 +113,7 @@ class Trainer:
             max_completion_length=config.max_completion_length,
             vision_prune=config.vision_prune,
         )
-        mixes = self.reward_mixes.values()
-        self.verifiers = Verifiers(config, resolve, self.policy.device, mixes) if config.verifiers else None
+        self.verifiers = Verifiers(config, resolve, self.policy.device, self.reward_mixes) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
         for name, rows in self.eval_rows.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,9 @@ class Verifiers:
 
     def __init__(
         self, config: Config, resolve: Callable[[str], str] = str, device: torch.device | str = "cpu",
-        mixes: Iterable[RewardMix] | None = None,
+        mixes: Mapping[str, RewardMix] | None = None,
     ):  # fmt: skip
-        used = config.verifiers if mixes is None else {name for mix in mixes for name in mix.functions}
+        used = config.verifiers if mixes is None else {name for mix in mixes.values() for name in mix.functions}
         if unused := sorted(config.verifiers.keys() - used):
             raise ConfigError(f"verifiers {unused}: no stage's reward_recipe names them")
         self.rules, self.device, self.engines, self.of = config.verifiers, torch.device(device), {}, {}
