@@ -107,12 +107,8 @@ class Trainer:
             self.policy.adapter.load(self.resume)
         self.kept = KeptWeights(self.policy, self.load, self.start, self.output_dir, self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
-        self.encoder = Encoder(
-            self.policy,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            vision_prune=config.vision_prune,
-        )
+        bounds = ("max_prompt_length", "max_completion_length", "vision_prune")
+        self.encoder = Encoder(self.policy, **{name: getattr(config, name) for name in bounds})
         self.verifiers = Verifiers(config, resolve, self.policy.device, self.reward_mixes) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
