@@ -22,7 +22,7 @@ def _peft():
     try:
         import peft
     except ImportError as error:
-        raise ValueError('LoRA (lora_r, or an adapter folder) needs PEFT: pip install "cosmo_fast[lora]"') from error
+        raise ValueError("LoRA (lora_r, or an adapter folder) needs PEFT: pip install peft") from error
     return peft
 
 
