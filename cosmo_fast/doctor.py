@@ -33,7 +33,7 @@ def report() -> list[tuple[str, str]]:
         ("transformers", _version("transformers")),
         ("extension", f"loaded: {_host.__file__}"),
         ("kernels", kernels),
-        ("peft", _version("peft", 'LoRA needs it: pip install peft')),
+        ("peft", _version("peft", "LoRA needs it: pip install peft")),
         ("deepspeed", _version("deepspeed", "needed for several processes only")),
     ]
 

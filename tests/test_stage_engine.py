@@ -234,7 +234,8 @@ def test_groups_of_equal_rewards_are_replaced_until_the_bound(recipe, small_worl
     run(recipe, *named, f"--output_dir={tmp_path}/named", rewards=rewards)
     assert metrics(tmp_path / "named")[-1]["dynamic_sample/missing"] == 6, "only the named reward has to differ"
     with pytest.raises(ConfigError, match="dynamic_sample_reward='owm' is no reward of stage 'rl'"):
-        run(recipe, *named, f"--output_dir={tmp_path}/misspelt", "--stages.rl.dynamic_sample_reward=owm", rewards=rewards)
+        named.append(f"--output_dir={tmp_path}/misspelt")
+        run(recipe, *named, "--stages.rl.dynamic_sample_reward=owm", rewards=rewards)
 
     never = [*base, f"--output_dir={tmp_path}/never", "--stages.rl.max_resample_times=2"]
     with pytest.raises(ValueError, match="after 2 resamplings 0 of the 6 groups .*set resample_exhausted: fill"):
