@@ -20,7 +20,7 @@ from cosmo_fast import report, run_folder
 from cosmo_fast.config import Config, ConfigError, StageConfig
 from cosmo_fast.data import Row
 from cosmo_fast.data.check import at as _at
-from cosmo_fast.data.check import check_rewards
+from cosmo_fast.data.check import check_rewards, reward_mix
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.mixture import Mixture
 from cosmo_fast.data.sources import load_stages, read, world_resolver
@@ -34,7 +34,6 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
-from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.search import Search
 from cosmo_fast.stages import STAGES
@@ -43,7 +42,7 @@ from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
 from cosmo_fast.stages.state import StageState, check_metrics, rules
-from cosmo_fast.verifiers.engine import Verifiers, rewarded
+from cosmo_fast.verifiers.engine import Verifiers
 
 
 class Trainer:
@@ -88,7 +87,7 @@ class Trainer:
         inputs += [verifier.model for verifier in config.verifiers.values()]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
-        self.reward_mixes = {s.name: self._reward_mix(s) for s in config.stages if s.kind == "rl"}
+        self.reward_mixes = {s.name: reward_mix(config, s, self.reward_funcs) for s in config.stages if s.kind == "rl"}
         self._check_rewards_used()
         resolve = world_resolver(config, self.ranks)
         self.rows = load_stages(config, train_dataset or {}, resolve)
@@ -107,8 +106,7 @@ class Trainer:
             self.policy.adapter.load(self.resume)
         self.kept = KeptWeights(self.policy, self.load, self.start, self.output_dir, self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
-        bounds = ("max_prompt_length", "max_completion_length", "vision_prune")
-        self.encoder = Encoder(self.policy, **{name: getattr(config, name) for name in bounds})
+        self.encoder = Encoder.within(self.policy, config)
         self.verifiers = Verifiers(config, resolve, self.policy.device, self.reward_mixes) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
@@ -120,27 +118,6 @@ class Trainer:
         for stage in config.stages:
             _at(f"stage {stage.name!r}", self.policy.freeze, stage.frozen)
             check_metrics(stage, measured, getattr(self.reward_mixes.get(stage.name), "functions", ()))
-
-    def _reward_mix(self, stage: StageConfig) -> RewardMix:
-        used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
-        own = {name: f for name, f in self.reward_funcs.items() if name in used}
-        recipe, format_weight = stage.first_weights
-        if self.config.verifiers:
-            recipe, own = rewarded(recipe, own, self.config.verifiers)
-        mix = RewardMix(
-            recipe,
-            format_weight=format_weight,
-            rewards=own,
-            options=stage.reward_options,
-            max_completion_length=self.config.max_completion_length,
-            timeout=stage.reward_timeout,
-        )
-        named = {"dynamic_sample_reward": stage.dynamic_sample_reward} if stage.dynamic_sample_reward else {}
-        named |= {"gate_reward": stage.gate_reward} if stage.multi_objective_aggregation == "gated" else {}
-        for setting, name in named.items():
-            if name not in mix.functions:
-                raise ConfigError(f"{setting}={name!r} is no reward of stage {stage.name!r}: {[*mix.functions]}")
-        return mix
 
     def _check_rewards_used(self) -> None:
         used = {name for mix in self.reward_mixes.values() for name in mix.functions}

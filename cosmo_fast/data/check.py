@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from cosmo_fast.config import Config, ConfigError, StageConfig
@@ -18,6 +17,8 @@ from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.plan import GroupSize, Prompt, micro_batches
 from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
+from cosmo_fast.rewards.mix import RewardFunction
+from cosmo_fast.verifiers.engine import rewarded
 
 
 def at(where: str, check: Callable, *arguments) -> Any:
@@ -26,6 +27,29 @@ def at(where: str, check: Callable, *arguments) -> Any:
         return check(*arguments)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def reward_mix(config: Config, stage: StageConfig, reward_funcs: Mapping[str, RewardFunction | str]) -> RewardMix:
+    """The rewards of an `rl` stage, those of ``reward_funcs`` that it names among them. ConfigError for a bad name."""
+    used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
+    own = {name: f for name, f in reward_funcs.items() if name in used}
+    recipe, format_weight = stage.first_weights
+    if config.verifiers:
+        recipe, own = rewarded(recipe, own, config.verifiers)
+    mix = RewardMix(
+        recipe,
+        format_weight=format_weight,
+        rewards=own,
+        options=stage.reward_options,
+        max_completion_length=config.max_completion_length,
+        timeout=stage.reward_timeout,
+    )
+    named = {"dynamic_sample_reward": stage.dynamic_sample_reward} if stage.dynamic_sample_reward else {}
+    named |= {"gate_reward": stage.gate_reward} if stage.multi_objective_aggregation == "gated" else {}
+    for setting, name in named.items():
+        if name not in mix.functions:
+            raise ConfigError(f"{setting}={name!r} is no reward of stage {stage.name!r}: {[*mix.functions]}")
+    return mix
 
 
 def check_rewards(where: str, mix: RewardMix, prompts: Sequence[Prompt | Row]) -> None:
@@ -82,11 +106,8 @@ def check_file(
 
 def _as_read_by(stage: StageConfig | None, config: Config, policy: Policy) -> Callable[[Row], Any]:
     """The check of a row as ``stage`` will take it, or the evaluation (None)."""
-    from cosmo_fast.trainer import Trainer  # it imports this module
-
-    bounds = {n: getattr(config, n) for n in ("max_prompt_length", "max_completion_length", "vision_prune")}
-    encoder, given = Encoder(policy, **bounds), SimpleNamespace(config=config, reward_funcs={})
-    mix = Trainer._reward_mix(given, stage) if stage and stage.kind == "rl" else None
+    encoder = Encoder.within(policy, config)
+    mix = reward_mix(config, stage, {}) if stage and stage.kind == "rl" else None
 
     def check(row: Row) -> None:
         prompt = encoder.prompt(row)

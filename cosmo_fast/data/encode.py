@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from cosmo_fast.config import Config
 from cosmo_fast.data.rows import DataError, Row
 from cosmo_fast.models import Policy, prune
 from cosmo_fast.plan import Media, Prompt
@@ -43,6 +44,12 @@ class Encoder:
             self._before, self._after = ([self._id(token)] if token else [] for token in policy.family.AROUND_IMAGE)
         self.control = _control_tokens(policy)
         self._grids: dict[Path, tuple[int, int, int]] = {}
+
+    @classmethod
+    def within(cls, policy: Policy, config: Config) -> Encoder:
+        """The encoder with the bounds and the pruning of a recipe."""
+        bounds = ("max_prompt_length", "max_completion_length", "vision_prune")
+        return cls(policy, **{name: getattr(config, name) for name in bounds})
 
     def prompt(self, row: Row) -> Prompt:
         """The row's conversation up to the answer, as the policy is asked.
