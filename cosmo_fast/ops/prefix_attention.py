@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cosmo_fast.ops.vocab_stats import statistics_dtype
+from cosmo_fast.ops.vocab_stats import statistics_dtype, unit_stride
 
 COLUMNS = ("q_start", "q_length", "k_start", "k_length", "prefix_start", "prefix_length")
 
@@ -92,13 +92,8 @@ def prefix_attention(
     _check(q, k, v, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cpu":
-        return _Triton.apply(*map(_plain, (q, k, v)), segments, scale)
-    return torch.ops.cosmo_fast.prefix_attention(*map(_plain, (q, k, v)), segments.tensor, scale)[0]
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous elements in the last axis, as it is where it has them."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+        return _Triton.apply(*map(unit_stride, (q, k, v)), segments, scale)
+    return torch.ops.cosmo_fast.prefix_attention(*map(unit_stride, (q, k, v)), segments.tensor, scale)[0]
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> None:
@@ -141,7 +136,7 @@ def prefix_lse(q: torch.Tensor, k: torch.Tensor, segments: Segments, *, scale: f
     """
     _check(q, k, k, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k = _plain(q), _plain(k)
+    q, k = unit_stride(q), unit_stride(k)
     if q.device.type != "cpu":
         from cosmo_fast.kernels.prefix_attention import prefix_attention as kernel
 
@@ -166,7 +161,7 @@ class _Triton(torch.autograd.Function):
     def backward(ctx, grad):
         from cosmo_fast.kernels.prefix_attention import prefix_attention_backward as kernel
 
-        return *kernel(_plain(grad), *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
+        return *kernel(unit_stride(grad), *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
 
 
 @torch.library.register_fake("cosmo_fast::prefix_attention")
@@ -187,7 +182,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, _lse):
     q, k, v, out, lse, segments = ctx.saved_tensors
-    given = _plain(grad), q, k, v, out, lse, segments
+    given = unit_stride(grad), q, k, v, out, lse, segments
     return *torch.ops.cosmo_fast.prefix_attention_backward(*given, ctx.scale), None, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosmo_fast.ops.vocab_stats import DTYPES, statistics_dtype
+from cosmo_fast.ops.vocab_stats import DTYPES, statistics_dtype, unit_stride
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     if q.device.type != "cpu":
         return rotary_reference(q, k, cos, sin)
     cos, sin = (x.to(statistics_dtype(q.dtype)) for x in (cos, sin))
-    return torch.ops.cosmo_fast.rotary(*map(_plain, (q, k, cos, sin)), False)
+    return torch.ops.cosmo_fast.rotary(*map(unit_stride, (q, k, cos, sin)), False)
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +44,6 @@ def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     return turn(q), turn(k)
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.register_fake("cosmo_fast::rotary")
 def _(q, k, cos, sin, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
@@ -59,7 +55,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dq, dk):
-    return *torch.ops.cosmo_fast.rotary(_plain(dq), _plain(dk), *ctx.saved_tensors, not ctx.inverse), None, None, None
+    grads = map(unit_stride, (dq, dk))
+    return *torch.ops.cosmo_fast.rotary(*grads, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 torch.library.register_autograd("cosmo_fast::rotary", _backward, setup_context=_save)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmo_fast.ops.vocab_stats import statistics_dtype
+from cosmo_fast.ops.vocab_stats import statistics_dtype, unit_stride
 
 SELECTORS = ("uniform", "random", "max_min", "dpp", "attention", "key_norm", "frame_difference")
 VERSION = 1  # of what the selectors choose: counts up whenever the same input would give other rows
@@ -159,7 +159,7 @@ def _rows(x: Tensor, name: str) -> Tensor:
     """x, detached, with contiguous elements in the last axis."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} must be fp32, bf16 or fp64, got {x.dtype}")
-    return x.detach() if x.shape[-1] == 1 or x.stride(-1) == 1 else x.detach().contiguous()
+    return unit_stride(x.detach())
 
 
 def _refuse(bad: np.ndarray, counts: np.ndarray, selector: str, name: str) -> None:

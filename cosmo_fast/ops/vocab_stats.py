@@ -36,6 +36,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x with contiguous elements in the last axis, as it is where it has them."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
 def row_temperature(
     temperature: float | Tensor, logits_dtype: torch.dtype, n: int, device: torch.device
 ) -> Tensor | None:
