@@ -112,6 +112,16 @@ def test_a_run_that_ended_unfiled_is_filed_without_running(bench):
     assert len(bench.times()) == 1 and len(bench.rows()) == 2
 
 
+def test_an_arm_waits_for_all_that_it_needs_and_is_told_their_folders(bench):
+    arms = [Arm("late", needs=("one", "two"), start="zero"), Arm("zero"), Arm("one", start="zero"), Arm("two")]
+    jobs = runner.wanted(arms, [3], {"late"}, set(), Path("/r"))
+    order = [job.name for job in jobs]
+    assert sorted(order[:2]) == ["two-3", "zero-3"] and order[2:] == ["one-3", "late-3"]
+    judged = Arm("judged", "prune.yaml", ("rl",), {"verifiers": {"safety": {"model": "{one}"}}}, needs=("one",))
+    command = Job(judged, 3, Path("/r")).command()
+    assert json.loads(command[command.index("--verifiers") + 1]) == {"safety": {"model": "/r/one-3"}}
+
+
 def test_a_failing_arm_shows_its_log_stops_what_starts_from_it_and_nothing_else(bench, capfd):
     assert bench(starts={"bad": None, "after": "bad", "good": None}, seeds=(0,)) == 1
     printed = capfd.readouterr().out

@@ -36,7 +36,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 KEYS = ("arm", "seed", "stage", "split")
-METRICS = ("accuracy", "safe_rate", "over_refusal_rate", "warn_rate", "helpful_rate", "format_rate")
+METRICS = (
+    "accuracy", "safe_rate", "over_refusal_rate", "warn_rate", "helpful_rate", "value_rate", "knowledge_rate",
+    "instruction_rate", "false_certain_rate", "verdict_accuracy", "format_rate", "mean_length",
+)  # fmt: skip
 WHERE = ("device", "threads", "torch", "commit")
 TAIL = 30  # lines of a failed arm's log that are shown
 
@@ -46,8 +49,9 @@ class Arm:
     """One run a seed.
 
     recipe: a YAML file of this folder, of which it runs ``stages`` (by default all). settings: its overrides,
-    ``{"stages.rl.max_steps": 60}``. start: the arm whose final model it starts from. program: what is run instead of
-    training, a script of this folder that takes ``MODEL OUTPUT_DIR --seed N`` and leaves a summary.json as training
+    ``{"stages.rl.max_steps": 60}``. start: the arm whose final model it starts from. needs: further arms of the same
+    seed that have to end before; in settings ``{NAME}`` is the run folder of one of them. program: what is run instead
+    of training, a script of this folder that takes ``MODEL OUTPUT_DIR --seed N`` and leaves a summary.json as training
     does. measure: further columns, from the run folder and a stage's name.
     """
 
@@ -56,8 +60,14 @@ class Arm:
     stages: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
+    needs: tuple[str, ...] = ()
     program: str = ""
     measure: Callable[[Path, str], dict[str, Any]] | None = None
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Arms that end before this one begins."""
+        return ((self.start,) if self.start else ()) + self.needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +98,19 @@ class Job:
             return [sys.executable, str(HERE / arm.program), *start, str(self.folder), "--seed", str(self.seed)]
         chosen = yaml.safe_load((HERE / arm.recipe).read_text())["stages"]
         chosen = {"stages": [stage for stage in chosen if stage["name"] in arm.stages]} if arm.stages else {}
-        settings = chosen | arm.settings | {"seed": self.seed, "output_dir": str(self.folder)}
+        settings = self._filled(chosen | arm.settings) | {"seed": self.seed, "output_dir": str(self.folder)}
         settings |= {"model_name_or_path": start[0]} if start else {}
         begun = any(self.folder.glob("checkpoint-*"))
         settings |= {"resume_from_checkpoint": True} if begun else {"overwrite_output_dir": True}
         flags = [part for key, value in settings.items() for part in (f"--{key}", _flag(value))]
         return [sys.executable, "-m", "cosmo_fast.train", "--config", str(HERE / arm.recipe), *flags]
+
+    def _filled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """``settings`` with the folders of the arms that they name."""
+        text = json.dumps(settings)
+        for name in self.arm.after:
+            text = text.replace(f"{{{name}}}", str(self.runs / f"{name}-{self.seed}"))
+        return json.loads(text)
 
 
 def _flag(value: Any) -> str:
@@ -139,6 +156,10 @@ def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
         more = {"seconds": round(stage["seconds"], 1)} | more | stage.get("measured", {})
         for split, found in stage["splits"].items():
             metrics = {name: "" if found.get(name) is None else round(found[name], 4) for name in METRICS}
+            report = found.get("jailbreak", {}).get("attacks", {})
+            metrics |= {f"{family}_success": round(rates["success_rate"], 4) for family, rates in report.items()}
+            if report:
+                metrics["best_of_success"] = round(found["jailbreak"]["best_of"]["success_rate"], 4)
             keys = dict(zip(KEYS, (job.arm.name, job.seed, stage["name"], split), strict=True))
             rows.append(keys | metrics | more | {"n": found["n"]} | where | {"commit": commit})
     return rows
@@ -153,8 +174,8 @@ def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: se
 
     def add(job: Job) -> int:
         """How many jobs it starts from, one after the other."""
-        start = Job(by_name[job.arm.start], job.seed, runs) if job.arm.start else None
-        depth = 0 if start is None or start.ended else 1 + add(start)
+        starts = [Job(by_name[name], job.seed, runs) for name in job.arm.after]
+        depth = max((1 + add(start) for start in starts if not start.ended), default=0)
         jobs[job.name] = depth, job
         return depth
 
@@ -171,10 +192,10 @@ def run(jobs: list[Job], results: Path, at_once: int, commit: str) -> list[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
     def one(job: Job) -> bool:
-        start = ended.get(f"{job.arm.start}-{job.seed}")  # it was submitted before, so that waiting for it ends
-        if start and not start.result():
-            print(f"{job.name}: not run, {job.arm.start}-{job.seed} failed", flush=True)
-            return False
+        for name in (f"{arm}-{job.seed}" for arm in job.arm.after):
+            if name in ended and not ended[name].result():  # it was submitted before, so that waiting for it ends
+                print(f"{job.name}: not run, {name} failed", flush=True)
+                return False
         began, log = time.monotonic(), job.runs / f"{job.name}.log"
         if not job.ended:  # else it was stopped before its rows were filed
             print(f"{job.name}: begins", flush=True)

@@ -53,6 +53,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """:func:`cosmo_fast.evaluate.score` of greedy completions; ``options`` are those of :func:`complete`.
 
+    mean_length: tokens a completion, those of tools' results not counted.
     With a ``search`` that answers their calls also tools/search_calls, tools/read_calls and tools/failed, means a row.
     Of attacked rows also :func:`cosmo_fast.evaluate.attacks.attack_report` under "jailbreak"; ``plain``: the rows that
     they were made of, ``trained_on``: the rows of the policy's training, both for whether an attack counts.
@@ -60,6 +61,7 @@ def evaluate(
     params = SamplingParams(max_completion_length, temperature=0, stop_strings=tuple(stop_strings), search=search)
     columns, (completions, sampled) = [row.columns for row in rows], complete(policy, rows, params, **options)
     result = score(columns, completions) | tool_metrics(sampled)
+    result["mean_length"] = sum(int(c.own.sum()) for c in sampled) / len(sampled) if sampled else None
     if any(row.get("attack") is not None for row in columns):
         if plain is not None:
             wanted = {str(row.get("attack_of")) for row in columns}
