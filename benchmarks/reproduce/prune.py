@@ -6,7 +6,8 @@ cold start: `small` learns to see on pictures of 56 × 56, `cold` where to look 
 mixed RL without pruning, is the baseline; `SELECTOR-50` and `SELECTOR-25` do the same, and are evaluated, at that keep
 (per cent). `sweep` trains nothing: it evaluates the unpruned policy of its seed under every selector and keep, before
 the language model and, where a name has `@2`, in its layer 2. The rows are a split of scenes and one of clips, four
-frames of 196 × 196 in which one object moves.
+frames of 196 × 196 in which one object moves; of them it also says which share of the tokens that differ from the frame
+before is kept.
 
 Hypotheses, written before the run (each can fail; what came out is in the table):
 

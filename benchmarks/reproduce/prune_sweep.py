@@ -2,7 +2,8 @@
 
     python benchmarks/reproduce/prune_sweep.py RUN_FOLDER OUTPUT_DIR --seed N
 
-The rows are those that the run was evaluated on. Leaves a summary.json as training does, one stage a setting.
+The rows are those that the run was evaluated on. Leaves a summary.json as training does, one stage a setting. Of clips
+it also says which share of the tokens that differ from the frame before is kept, whatever the policy makes of them.
 """
 
 import argparse
@@ -10,17 +11,40 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from prune import KEEPS, SWEPT, name, vision_kv
 
 from cosmo_fast.checkpoint import replace_text
 from cosmo_fast.config import load_config
+from cosmo_fast.data.rows import Row
 from cosmo_fast.data.sources import read, world_resolver
 from cosmo_fast.distributed import Ranks
 from cosmo_fast.doctor import environment
-from cosmo_fast.evaluate.run import evaluate
-from cosmo_fast.models import load_policy
+from cosmo_fast.evaluate.run import complete, evaluate
+from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.pruning import VisionPrune
+from cosmo_fast.rollout import SamplingParams
+
+CELL = 28  # pixels of a vision token's side
+
+
+def changed(row: Row) -> np.ndarray:
+    """Of a clip's vision tokens, frame by frame: whether their pixels are others than in the frame before (bool)."""
+    frames = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in row.images])
+    moved = np.zeros(frames.shape[:3], dtype=bool)
+    moved[1:] = (frames[1:] != frames[:-1]).any(-1)
+    side = frames.shape[1] // CELL
+    return moved.reshape(len(frames), side, CELL, side, CELL).any((2, 4)).reshape(-1)
+
+
+def changed_kept(policy: Policy, rows: list[Row], setting: VisionPrune | None, vision: Vision) -> float:
+    """Mean over the clips of the share of changed tokens that the setting keeps."""
+    once = SamplingParams(1, temperature=0)
+    _, sampled = complete(policy, rows, once, vision_prune=setting, vision=vision)
+    pairs = [(changed(row), c.kept) for row, c in zip(rows, sampled, strict=True)]
+    return float(np.mean([1.0 if kept is None else moved[kept.rows].sum() / moved.sum() for moved, kept in pairs]))
 
 
 def main() -> None:
@@ -44,6 +68,7 @@ def main() -> None:
         over = ["clips"] if selector == "frame_difference" else list(splits)
         found = {split: evaluate(policy, splits[split], vision_prune=setting, **shared) for split in over}
         cost = {"vision_kept": keep, "vision_kv_kib": vision_kv(keep, layer)}
+        cost["changed_kept"] = round(changed_kept(policy, splits["clips"], setting, shared["vision"]), 4)
         seconds = time.perf_counter() - began
         stages.append({"name": name(selector, keep, layer), "seconds": seconds, "splits": found, "measured": cost})
         print(name(selector, keep, layer), {split: scores["accuracy"] for split, scores in found.items()}, flush=True)
