@@ -165,15 +165,15 @@ def _beside_ours(rows: list[dict], keys: list[str]) -> tuple[list[str], list[lis
 def train_table(rows: list[dict]) -> str:
     """One GRPO step by phase, and the peak memory of the update."""
     rows = [row for row in rows if row["case"].startswith("vision_") or ":" in row["case"]]
-    others, body = _beside_ours(rows, ["case", "phase"])
+    others, body = _beside_ours(rows, ["case", "phase", "dtype"])
     updates = [row for row in rows if row["phase"] == "update" and row["peak_mib"] != "nan"]
     peaks: dict[str, list[str]] = {}
     for row in updates:
-        peaks.setdefault(row["case"], []).append(f"{row['provider']} {float(row['peak_mib']):.0f}")
+        peaks.setdefault(f"{row['case']}, {row['dtype']}", []).append(f"{row['provider']} {float(row['peak_mib']):.0f}")
     told = "; ".join(f"{case}: {', '.join(found)}" for case, found in peaks.items())
     first = rows[0]
-    what = f"P {first['p']}, G {first['g']}, R {first['r']}, {first['dtype']}; the others' time over ours"
-    table = _markdown(["case", "phase", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
+    what = f"P {first['p']}, G {first['g']}, R {first['r']}; the others' time over ours"
+    table = _markdown(["case", "phase", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
     return f"{table}\n\n{what} ({_source(first)}). Peak MiB of an update: {told}."
 
 

@@ -21,6 +21,7 @@ from cosmo_fast.models import load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.objectives import TokenBatch, advantages, grpo
 from cosmo_fast.ops import linear_policy_loss
+from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import Plan, Prompt
 from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.base import Context, Group, accumulate
@@ -46,8 +47,12 @@ class Problem:
         responses (groups·g, r) int64, advantage (groups·g,) fp32: what `score` and `update` work on.
     """
 
-    def __init__(self, model: Path, pictures: int, g: int, r: int, groups: int, vision_trained: bool, side: int = 392):
+    def __init__(
+        self, model: Path, pictures: int, g: int, r: int, groups: int, vision_trained: bool, side: int = 392,
+        dtype: str = "float32",
+    ):  # fmt: skip
         self.model, self.g, self.r, self.groups, self.vision_trained = model, g, r, groups, vision_trained
+        self.dtype = dtype
         rng = np.random.default_rng(0)
         policy = load_policy(model)
         self.tokenizer, self.image_processor = policy.tokenizer, policy.image_processor
@@ -123,10 +128,11 @@ class Provider:
 
     def gradients(self) -> tuple[float, Tensor]:
         """Loss and all gradients (n,) on the problem's responses; the gradients stay."""
+        self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         loss = self.backward(self.problem.responses, self.problem.advantage)
         found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.trained]
-        return loss, torch.cat([grad.flatten() for grad in found])
+        return loss, torch.cat([grad.float().flatten() for grad in found])
 
     def accumulate(self) -> None:
         """Forward and backward into gradients that exist: what they take beyond is activations."""
@@ -142,9 +148,12 @@ class Ours(Provider):
     shared = True
 
     def __init__(self, problem: Problem):
-        self.policy = load_policy(problem.model)
+        self.policy = load_policy(problem.model, dtype=problem.dtype)
         self.policy.eos_ids = [-1]  # all responses are as long
         super().__init__(problem, self.policy.model)
+        if problem.dtype != "float32":  # as its trainer does: the others' AdamW learns in bf16
+            self.optimizer = AdamW(self.model.named_parameters(), weight_decay=0.01, lr=LEARNING_RATE)
+            self.trained = list(self.optimizer.names)
         self.vision = Vision(self.policy)
         config = _config(problem)
         self.context = Context(config, config.stages[0], self.policy, self.vision, 0)
@@ -224,7 +233,7 @@ class Padded(Provider):
     once = False  # or every picture once, its features handed to all rows
 
     def __init__(self, problem: Problem):
-        super().__init__(problem, load_plain(problem.model))
+        super().__init__(problem, load_plain(problem))
         self.model.generation_config.eos_token_id = None
         copies = 1 if self.once else problem.g
         pixels = [_pixels(problem, row) for row in problem.rows for _ in range(copies)]
@@ -317,10 +326,10 @@ class PaddedVisionOnce(Padded):
     once = True
 
 
-def load_plain(folder: Path) -> torch.nn.Module:
+def load_plain(problem: Problem) -> torch.nn.Module:
     """The model with transformers' own attention."""
-    settings = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **settings).eval()
+    settings = {"dtype": getattr(torch, problem.dtype), "attn_implementation": "sdpa"}
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(problem.model, **settings).eval()
 
 
 def _pixels(problem: Problem, row: Row) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The same step by TRL's own GRPOTrainer: its methods are called in the order of its training loop, nothing is changed.
 
 As in TRL, every row's pictures are encoded once a row. Set away from TRL's defaults are only what makes the work the
-same (fp32, completions of equal length, no KL) and what would slow TRL down (gradient checkpointing).
+same (no autocast over the weights' dtype, completions of equal length, no KL) and what would slow TRL down (gradient
+checkpointing).
 """
 
 import os
@@ -28,7 +29,7 @@ class Trl(Provider):
     """GRPOTrainer with transformers' `generate`, beta 0 and one iteration."""
 
     def __init__(self, problem: Problem):
-        super().__init__(problem, load_plain(problem.model))
+        super().__init__(problem, load_plain(problem))
         self.trainer = _trainer(problem, self.model)
         start = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.trainer.train()  # one step, which makes the optimiser; the weights go back to where all begin

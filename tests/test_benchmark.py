@@ -176,11 +176,13 @@ def test_every_phase_of_a_training_step_has_a_row_of_every_provider(tiny_trainin
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == "case phase provider p g r dtype device ms_p50 tokens_per_s peak_mib torch commit".split()
     _finite(rows, "ms_p50", "tokens_per_s")
-    found = [(row["case"], row["phase"], row["p"], row["g"], row["r"], row["provider"]) for row in rows]
-    base = [(case, phase) for case in ("vision_trained", "vision_frozen") for phase in train.PHASES]
-    base += [(f"update:{part}", "update") for part in ("vision", "language", "head")]
+    found = [tuple(row[name] for name in ("case", "phase", "dtype", "p", "g", "r", "provider")) for row in rows]
+    cases = ("vision_trained", "vision_frozen")
+    base = [(case, phase, dtype) for case in cases for dtype in train.DTYPES for phase in train.PHASES]
+    parts = ("vision", "language", "head")
+    base += [(f"update:{part}", "update", dtype) for dtype in train.DTYPES for part in parts]
     shapes = [(*names, "34", "2", "3") for names in base]
-    shapes += [("growth", "update", "68", "2", "3"), ("growth", "update", "34", "3", "2")]
+    shapes += [("growth", "update", "float32", *shape) for shape in (("68", "2", "3"), ("34", "3", "2"))]
     assert found == [(*shape, name) for shape in shapes for name in names]
 
 
