@@ -55,7 +55,7 @@ JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-veri
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
 PARTS = 4  # of a stage, in which rewards are filed
 RECIPE = "cosmo.yaml"
-BIASES = {"bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2, "bias_form": 0.6}  # the world's own
+BIASES = {"bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2}  # the world's own
 
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
