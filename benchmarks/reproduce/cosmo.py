@@ -41,13 +41,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import summary
 import yaml
 from runner import HERE, Arm
-
-try:
-    import summary
-except ImportError:  # as part of the package benchmarks
-    from reproduce import summary
 
 SEEDS = (0, 1, 2)
 BASELINE = "cold"
@@ -69,7 +65,7 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     found = {f"{f}_{n}": round(rates[f"{n}_rate"], 4) for f, rates in attacks.items() for n in ("read", "safe")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == stage and "rewards/helpful/mean" in row]
-    for part in range(PARTS if rows else 0):
+    for part in range(PARTS if len(rows) >= PARTS else 0):
         chosen = rows[part * len(rows) // PARTS : (part + 1) * len(rows) // PARTS]
         for name, ending in (("proxy", ""), ("gold", "_gold")):
             keys = [f"rewards/{kind}{ending}/mean" for kind in ("safety", "helpful")]
