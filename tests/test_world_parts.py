@@ -19,7 +19,7 @@ from cosmo_fast.evaluate import score
 from cosmo_fast.models import load_policy
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rewards.format import format_deliberative
-from cosmo_fast.world import forms
+from cosmo_fast.world import ensure_world, forms
 from cosmo_fast.world.advice import SITUATIONS
 from cosmo_fast.world.build import is_training
 from cosmo_fast.world.judge import verdict
@@ -303,3 +303,11 @@ def test_a_recipe_builds_the_part_that_it_names_and_tags_are_tokens_there(recipe
     for tag in ("<description>", "</answer>", "<search>"):
         assert len(tokenizer(f"x{tag}y", add_special_tokens=False)["input_ids"]) == 3
     assert not list(tmp_path.glob("world-*/cosmo"))
+
+
+def test_a_part_can_be_had_without_some_of_its_training_splits(tmp_path):
+    from conftest import SMALL
+
+    none = {"value_rl": 0, "knowledge_rl": 0, "search_rl": 0, "search_train": 0}
+    cosmo = ensure_part(ensure_world(seed=0, cache_dir=tmp_path, **SMALL | none), "cosmo")
+    assert (cosmo / "value_rl.jsonl").read_text() == "" and (cosmo / "train.jsonl").read_text()

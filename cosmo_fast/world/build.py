@@ -107,8 +107,8 @@ class _Writer:
 
     def write(self) -> None:
         order = self.rng.permutation(len(self.rows))
-        lines = [json.dumps(self.rows[i], ensure_ascii=False) for i in order]
-        (self.folder / f"{self.split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [json.dumps(self.rows[i], ensure_ascii=False) + "\n" for i in order]
+        (self.folder / f"{self.split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def is_training(split: str) -> bool:
