@@ -82,7 +82,9 @@ class Trainer:
                 )
         run_folder.check_save_steps(config, self.ranks)
         files = [*(p for s in config.stages for p in s.datasets), *config.eval.datasets.values()]
-        files += [stage.tools.search.corpus for stage in config.stages if stage.tools]
+        given = {s.name: s.tools for s in config.stages} | {"": config.eval.tools}  # no stage is without a name
+        tools = {name: t.search.model_dump() for name, t in given.items() if t}
+        files += [search["corpus"] for search in tools.values()]
         inputs = [*map(config.data_path, files), config.model_name_or_path]
         inputs += [verifier.model for verifier in config.verifiers.values()]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
@@ -91,7 +93,6 @@ class Trainer:
         self._check_rewards_used()
         resolve = world_resolver(config, self.ranks)
         self.rows = load_stages(config, train_dataset or {}, resolve)
-        tools = {s.name: s.tools.search.model_dump() for s in config.stages if s.tools}
         self.search = {n: Search.load(resolve(config.data_path(t.pop("corpus"))), **t) for n, t in tools.items()}
         self.eval_rows = {
             name: read(config, resolve(config.data_path(path)), limit=config.eval.limit)
@@ -314,7 +315,7 @@ class Trainer:
                 rows,
                 max_completion_length=self.config.max_completion_length,
                 stop_strings=stage.stop_strings,
-                search=self.search.get(stage.name),
+                search=self.search.get(stage.name, self.search.get("")),
                 batch_size=self.config.eval.batch_size,
                 max_tokens=self.config.max_tokens_per_batch,
                 kv_cache_mib=self.config.kv_cache_mib,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cosmo_fast import trainer
 from cosmo_fast.config import load_config
 from cosmo_fast.data import DataError, load_rows
 from cosmo_fast.data.encode import Encoder
@@ -300,6 +301,18 @@ def test_a_stage_with_tools_resumes_bitwise_and_logs_calls_in_rollout_and_evalua
     assert factors == pytest.approx(expected) and factors[-1] > 1
     splits = [stage["splits"]["rl"] for stage in summary["stages"]]
     assert "tools/failed" not in splits[0] and splits[1]["tools/search_calls"] >= 0
+
+
+def test_eval_tools_answer_the_calls_after_a_stage_that_has_no_tools_of_its_own(folder, tmp_path, monkeypatch):
+    path, seen = tmp_path / "recipe.yaml", []
+    path.write_text(RECIPE.format(root=folder, out=tmp_path / "run"))
+    flags = ["--eval.tools.search.corpus=facts.jsonl", "--eval.tools.search.top_k=1", "--stages.rl.max_steps=1"]
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, search, **options: seen.append(search.top_k) or {"n": 0})
+    Trainer(load_config(str(path), flags), reward_funcs={"calls": calls}).train()
+    assert seen == [1, 2]
+    with pytest.raises(DataError, match=r"other.jsonl: no such file"):
+        flags = ["--eval.tools.search.corpus=other.jsonl"]
+        Trainer(load_config(str(path), flags), reward_funcs={"calls": calls})
 
 
 def test_the_deliberative_reward_takes_lambda_from_the_stage_unless_a_multiplier_is_given():

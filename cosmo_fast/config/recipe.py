@@ -31,6 +31,7 @@ class EvalConfig(Strict):
     """Greedy evaluation of named row files after every stage."""
 
     datasets: dict[str, str] = Field(default_factory=dict)
+    tools: Tools | None = None  # after stages that have none of their own, so that all are measured alike
     limit: int | None = Field(default=None, gt=0)  # first rows of each file
     batch_size: int = Field(default=256, gt=0)
 
