@@ -1,0 +1,138 @@
+"""# The four stages of SafeWork-R1, safety beside capability
+
+`make reproduce-safework` runs this table on the embedded world, with its knowledge, advice and search rows; rewards are
+the world's judge. Each arm is a stage and starts from the one before: `cot_sft`, a cold start on reasoned answers with
+shortcuts in them; `m3_capability`, RL on knowledge and general questions; `m3_all`, RL on safety, benign, value,
+knowledge and general rows; `efficient`, the same rows with CALE (a = 0.9, μ = 1); `search_sft`, supervised rows that
+search, read and state a confidence, half of them guesses, of which three in four say that they are certain;
+`deliberative`, RL with search, in which λ holds reliability (certain and right, or uncertain and wrong) up to 0.9.
+Controls: `deliberative_free` is the last stage with λ = 0, so that confidence earns nothing; `grpo_same` makes the
+steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
+the rows of `search_sft` too; they come again because RL without tools unlearns their use.
+
+All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
+requests. cosmo: value, knowledge and instruction rows. search: questions of which half can only be answered by search.
+False-certain rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and
+wrong: the same answers as a share of all rows, as an answer may state none. Tokens are those of a completion to
+scenes, tools' results not counted.
+
+Hypotheses, written before the run (each can fail; what came out is in the table):
+
+1. Both grow: `m3_all` has at least 0.15 more safe rate and 0.05 more accuracy than `cot_sft`, and after `deliberative`
+   each is still above `cot_sft`.
+2. `m3_capability` raises accuracy by at least 0.05, and the safe rate by no more than 0.05.
+3. Safety is not bought by refusing: over-refusal is at most 0.1 from `m3_all` on, and `m3_all` raises the value rate by
+   at least 0.2.
+4. `efficient` answers with at least 10 % fewer tokens than `grpo_same`, accuracy and safe rate at most 0.02 below;
+   `efficient_a80` is shorter still, and at least as far below in accuracy.
+5. `deliberative` halves what is certain and wrong against `search_sft`, or more; `deliberative_free` falls by less, and
+   keeps at least 1.5 times what `deliberative` does. Accuracy on search rises in both by at least 0.1.
+6. Instruction following, which no stage rewards, is at least 0.05 lower after `m3_all` than after `cot_sft`.
+
+Order of stages, labels' rewards, actions of search and λ by multiplicative weights are the paper's (arXiv 2507.18576,
+2507.16727); the formula of λ, `search_sft`, all numbers and the rows are ours. CALE's formula is not published: ours is
+that of CANON, its group's later work. The papers' figures, for 7B to 72B models on real data:
+
+- safety, average of MM-SafetyBench, MSSBench, XSTest-Safe and SIUO: 63.4 before, 89.2 after all stages (+46.54 % by
+  their count); general ability over seven sets +13.45 %; stage by stage: not published here.
+- length: 55.3 % at 1,008 tokens, against 55.7 % at 1,522 (CANON).
+- false-certain rate 54 % before and 2 % after deliberative-search RL (7B).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from runner import Arm
+from summary import cells, over_seeds, spread
+
+SEEDS = (0, 1, 2)
+BASELINE = "cot_sft"
+TRAJECTORY = ("cot_sft", "m3_capability", "m3_all", "efficient", "search_sft", "deliberative")
+LENGTHS = ("m3_all", "grpo_same", "efficient", "efficient_a80")
+LAST = 10  # steps at a stage's end over which λ and reliability are means
+
+
+def measured(folder: Path, stage: str) -> dict[str, Any]:
+    """What search and confidence come to: on the rows of search, and at the end of the stage's training."""
+    [about] = [s for s in json.loads((folder / "summary.json").read_text())["stages"] if s["name"] == stage]
+    found, more = about["splits"]["search"], {}
+    wrong = (found["false_certain_rate"] or 0.0) * found["false_certain_rate_n"]
+    more["certain_wrong"] = round(wrong / found["accuracy_n"], 4)
+    more["stated"] = round(found["false_certain_rate_n"] / found["accuracy_n"], 4)
+    more["search_calls"] = round(found["tools/search_calls"], 4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["stage"] == stage][-LAST:]
+    for ours, theirs in {"lambda": "constraints/reliability/lambda", "reliability": "rewards/reliability/mean"}.items():
+        if values := [row[theirs] for row in last if theirs in row]:
+            more[ours] = round(mean(values), 4)
+    return more
+
+
+def _arm(name: str, start: str | None, stage: str = "", **settings: Any) -> Arm:
+    stage = stage or name
+    changed = {f"stages.{stage}.{key}": value for key, value in settings.items()}
+    return Arm(name, "safework.yaml", (stage,), changed, start, measure=measured)
+
+
+ARMS = [
+    _arm("cot_sft", None),
+    _arm("m3_capability", "cot_sft"),
+    _arm("m3_all", "m3_capability"),
+    _arm("efficient", "m3_all"),
+    _arm("search_sft", "efficient"),
+    _arm("deliberative", "search_sft"),
+    _arm(
+        "deliberative_free", "search_sft", "deliberative",
+        constraints={}, reward_options={"deliberative": {"multiplier": 0.0}},
+    ),
+    _arm("grpo_same", "m3_all", "efficient", advantage="group", cale_a=1.0),
+    _arm("efficient_a80", "m3_all", "efficient", cale_a=0.8),
+]  # fmt: skip
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown, a row an arm: what the world's scenes show beside `cot_sft`, then the rates of the other splits."""
+    paired = ["accuracy", "safe_rate", "over_refusal_rate", "mean_length"]
+    plain = [("cosmo", "value_rate"), ("cosmo", "knowledge_rate"), ("cosmo", "instruction_rate"),
+             ("search", "accuracy"), ("search", "false_certain_rate"), ("search", "certain_wrong"),
+             ("search", "search_calls"), ("search", "lambda")]  # fmt: skip
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "tokens", "Δ", "value", "knowledge",
+            "instruction", "search: accuracy", "false-certain", "certain and wrong", "searches", "λ"]  # fmt: skip
+    found = [over_seeds(rows, split, metric) for split, metric in plain]
+    lines = [head, ["---"] * len(head)]
+    for key, shown in cells(rows, "scenes", paired, (BASELINE, BASELINE)).items():
+        lines.append([f"`{key[0]}`", *shown, *(spread(list(values.get(key, {}).values())) for values in found)])
+    seeds = len({row["seed"] for row in rows})
+    about = f"Mean ± deviation over {seeds} seed(s), Δ: paired difference to `{BASELINE}`."
+    paper = (
+        "Paper: safety 63.4 → 89.2; general +13.45 %; 55.3 % at 1,008 against 55.7 % at 1,522 tokens; false-certain "
+    )
+    about += f" {paper}54 % → 2 %."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}"
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Safe rate over accuracy through the stages, and accuracy over tokens; a point is a mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    panels = (("accuracy", "safe_rate", TRAJECTORY, "-o"), ("mean_length", "accuracy", LENGTHS, "o"))
+    for side, (across, up, names, style) in zip(sides, panels, strict=True):
+        axes = [over_seeds(rows, "scenes", metric) for metric in (across, up)]
+        by_arm = [{arm: list(values.values()) for (arm, _), values in found.items()} for found in axes]
+        points = {name: [mean(arms[name]) for arms in by_arm] for name in names if all(name in a for a in by_arm)}
+        side.plot(*zip(*points.values(), strict=True), style) if points else None
+        for name, point in points.items():
+            side.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        side.set(xlabel=across.replace("mean_length", "tokens of a completion"), ylabel=up.replace("_", " "))
+        side.margins(0.25)
+        side.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
