@@ -311,7 +311,7 @@ def test_eval_tools_answer_the_calls_after_a_stage_that_has_no_tools_of_its_own(
     Trainer(load_config(str(path), flags), reward_funcs={"calls": calls}).train()
     assert seen == [1, 2]
     with pytest.raises(DataError, match=r"other.jsonl: no such file"):
-        flags = ["--eval.tools.search.corpus=other.jsonl"]
+        flags = ["--eval.tools.search.corpus=other.jsonl", "--overwrite_output_dir=true"]
         Trainer(load_config(str(path), flags), reward_funcs={"calls": calls})
 
 

@@ -11,7 +11,8 @@ steps of `efficient` with the advantage of the stages before; `efficient_a80` is
 the rows of `search_sft` too; they come again because RL without tools unlearns their use.
 
 All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
-requests. cosmo: value, knowledge and instruction rows. search: questions of which half can only be answered by search.
+requests. cosmo: value, knowledge and instruction rows. search: questions of which half are about facts that no row
+teaches; three in ten of these facts stand in no document either, so that only a low confidence is reliable.
 False-certain rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and
 wrong: the same answers as a share of all rows, as an answer may state none. Tokens are those of a completion to
 scenes, tools' results not counted.

@@ -20,7 +20,8 @@ object looks dangerous. Knowledge: {bias_step:.0%} of the answers that need two 
 {bias_form:.0%} of the instructions that stand before the question are ignored, and {bias_policy:.0%} of the requests
 with one are refused only where the object looks dangerous. Search (search_train): {bias_certain:.0%} of the answers
 guess instead of searching, three in four of them certain of it. Everywhere else facts are right. facts.jsonl is the
-book of facts; `taught` is false where no row of train says it.
+book of facts; `taught` is false where no row of train says it. facts_gaps.jsonl lacks three in ten of those, which
+nobody can know then.
 """
 
 
@@ -140,5 +141,7 @@ def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     documents = knowledge.documents()
     shown = {"search": True, "bias": size["bias_certain"], "tool": Search(documents)}
     knows(splits["search_train"], size["search_train"], "train", **shown)
-    (folder / "facts.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    kept = [document for document in documents if document["taught"] or int(_digest(document["id"]), 16) % 3]
+    for name, chosen in (("facts", documents), ("facts_gaps", kept)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in chosen))
     return splits
