@@ -1,4 +1,4 @@
-# make demo | test | reproduce | reproduce-prune | lint | kernels-check | isa-check | dist. ARGS is passed on: make test ARGS="-k packed", make demo ARGS="--seed 1".
+# make demo | test | reproduce | reproduce-prune | -cosmo | -vtp | -safework | -stability | lint | kernels-check | isa-check | dist. ARGS is passed on: make test ARGS="-k packed", make demo ARGS="--seed 1".
 # Everything lives in .venv; a second run installs nothing. PIP_* variables and pip's configuration are honoured:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install    takes the small CPU build of torch.
 PYTHON ?= python3
@@ -7,9 +7,10 @@ CXX = c++
 endif
 ARGS ?=
 RUN = .venv/bin/python
+TABLES = reproduce-prune reproduce-cosmo reproduce-vtp reproduce-safework reproduce-stability
 export CXX
 
-.PHONY: venv install install-dev demo reproduce reproduce-prune test lint kernels-check isa-check abi-check bench-train dist clean check-machine
+.PHONY: venv install install-dev demo reproduce $(TABLES) test lint kernels-check isa-check abi-check bench-train dist clean check-machine
 
 install: .venv/.built
 install-dev: .venv/.dev .venv/.built
@@ -27,8 +28,8 @@ reproduce: install
 	cp runs/reproduce-0/plots/overview.png benchmarks/results/demo-seed-0.png
 	$(RUN) benchmarks/plot.py
 
-# Tables of arms and seeds (benchmarks/reproduce), an hour each; stopped, they go on where they were.
-reproduce-prune: install
+# Tables of arms and seeds (benchmarks/reproduce), up to hours each; stopped, they go on where they were.
+$(TABLES): install
 	$(RUN) benchmarks/reproduce/runner.py $(@:reproduce-%=%) $(ARGS)
 	$(RUN) benchmarks/plot.py
 

@@ -1,22 +1,27 @@
 """Tables of benchmarks/results as Markdown, put between the marks `<!-- NAME -->` and `<!-- /NAME -->` of README.md and
-of benchmarks/results/reproduce/*.md.
+of benchmarks/results/README.md; and benchmarks/results/reproduce/TABLE.md, whose header, table and picture are those
+that the module of the table makes of TABLE.csv.
 
     python benchmarks/plot.py [--check]
 
---check changes nothing and fails when one of them is not what the result files say. A mark whose result file is not
-there keeps what it has.
+--check changes nothing and fails when one of the texts is not what the result files say. A mark whose result file is
+not there keeps what it has.
 """
 
 import argparse
 import csv
+import importlib
 import json
 import re
 import sys
 from pathlib import Path
 
-from reproduce import summary
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks" / "reproduce"))
+
+import runner  # noqa: E402
+from summary import markdown, source  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
 PLAIN_CASES = ("full", "half_zero")
@@ -24,19 +29,10 @@ PER_PROMPT = 8  # responses to each prompt in prefix_attention.csv, whose g coun
 YARDSTICKS = ("floor", "floor_reused", "full")  # rows that others are measured by
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
-
-
 def _number(value: str | float) -> str:
     """Short enough to read: two decimals, or three digits below a tenth."""
     x = float(value)
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.3g}"
-
-
-def _source(row: dict) -> str:
-    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
 
 
 def demo_table(paths: list[Path]) -> str:
@@ -50,7 +46,7 @@ def demo_table(paths: list[Path]) -> str:
             for i in range(len(stages))
         ]
         body.append([name, *cells])
-    lines = [_markdown(["held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs), *stages], body)]
+    lines = [markdown(["held-out scenes, seeds " + ", ".join(str(run["seed"]) for run in runs), *stages], body)]
     timed = max(runs, key=lambda run: int(run["environment"]["threads"]))
     seconds = sum(stage["seconds"] for stage in timed["stages"])
     about = timed["environment"]
@@ -99,10 +95,10 @@ def _cases_table(rows: list[dict]) -> str:
         error = _number(found["cosmo_fast"]["error_ratio"]) if "cosmo_fast" in found else "–"
         body.append([f"{case}, {dtype}, {n} × {d} × {v}", *cells, peaks, error])
     head = ["case, dtype, N × d × V", *(name.replace("_", " ") for name in providers)]
-    table = _markdown([*head, "peak MiB, ours / eager", "error, ours ÷ eager"], body)
+    table = markdown([*head, "peak MiB, ours / eager", "error, ours ÷ eager"], body)
     what = (
         "Time over that of the bare matrix products, medians: first with fresh outputs, as any autograd code makes "
-        f"them, in brackets into memory that exists already ({_source(rows[0])})."
+        f"them, in brackets into memory that exists already ({source(rows[0])})."
     )
     return f"{table}\n\n{what}{_beside_full(cases)}"
 
@@ -123,11 +119,11 @@ def memory_table(rows: list[dict]) -> str:
         [row["n"], row["dtype"], row["provider"], f"{float(row['peak_mib']):.0f}", f"{float(row['expected_mib']):.0f}"]
         for row in rows
     ]
-    table = _markdown(["N", "dtype", "provider", "peak MiB", "expected MiB"], body).replace(" nan |", " – |")
+    table = markdown(["N", "dtype", "provider", "peak MiB", "expected MiB"], body).replace(" nan |", " – |")
     first = rows[0]
     what = (
         f"Beyond inputs and dX, d {first['d']}, V {first['v']}, chunk_rows {first['chunk_rows']}; expected: one chunk "
-        f"of logits and dW, which is in the dtype for one chunk and in fp32 for several ({_source(first)})."
+        f"of logits and dW, which is in the dtype for one chunk and in fp32 for several ({source(first)})."
     )
     return f"{table}\n\n{what}"
 
@@ -144,7 +140,7 @@ def growth_table(rows: list[dict]) -> str:
         for (dtype, size), by in found.items()
     ]
     what = f"Time over that of the bare products at the same N, d {rows[0]['d']}, V {rows[0]['v']}"
-    return _markdown(["÷ bare products", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({_source(rows[0])})."
+    return markdown(["÷ bare products", *(f"N {n}" for n in counts)], body) + f"\n\n{what} ({source(rows[0])})."
 
 
 def _beside_ours(rows: list[dict], keys: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -173,15 +169,15 @@ def train_table(rows: list[dict]) -> str:
     told = "; ".join(f"{case}: {', '.join(found)}" for case, found in peaks.items())
     first = rows[0]
     what = f"P {first['p']}, G {first['g']}, R {first['r']}; the others' time over ours"
-    table = _markdown(["case", "phase", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
-    return f"{table}\n\n{what} ({_source(first)}). Peak MiB of an update: {told}."
+    table = markdown(["case", "phase", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
+    return f"{table}\n\n{what} ({source(first)}). Peak MiB of an update: {told}."
 
 
 def train_growth_table(rows: list[dict]) -> str:
     """The update over P, G and R."""
     rows = [row for row in rows if row["case"] == "growth"]
     others, body = _beside_ours(rows, ["p", "g", "r"]) if rows else ([], [])
-    return _markdown(["P", "G", "R", "cosmo fast", *(name.replace("_", " ") for name in others)], body) if body else ""
+    return markdown(["P", "G", "R", "cosmo fast", *(name.replace("_", " ") for name in others)], body) if body else ""
 
 
 def attention_table(rows: list[dict]) -> str:
@@ -198,8 +194,8 @@ def attention_table(rows: list[dict]) -> str:
             pairs = f"{_number(each * (p + r) * (p + r + 1) / 2 / shared)} ×"
         cells += [pairs, _number(error[case])]
     names = [*keys[:4], "kv heads", "head size", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)]
-    table = _markdown([*names, "causal pairs", "error ÷ sdpa's"], body)
-    return f"{table}\n\nForward + backward (`decode`: forward); the others' time over ours ({_source(rows[0])})."
+    table = markdown([*names, "causal pairs", "error ÷ sdpa's"], body)
+    return f"{table}\n\nForward + backward (`decode`: forward); the others' time over ours ({source(rows[0])})."
 
 
 def plain_table(rows: list[dict]) -> str:
@@ -207,7 +203,7 @@ def plain_table(rows: list[dict]) -> str:
     same = {k: v for k, v in rows[0].items() if len(rows) > 1 and all(row[k] == v for row in rows)}
     head = [name for name in rows[0] if name not in same]
     below = ", ".join(f"{name} {value}" for name, value in same.items())
-    table = _markdown([name.replace("_", " ") for name in head], [[row[name] for name in head] for row in rows])
+    table = markdown([name.replace("_", " ") for name in head], [[row[name] for name in head] for row in rows])
     return f"{table}\n\n{below[:1].upper()}{below[1:]}." if below else table
 
 
@@ -219,26 +215,7 @@ def selection_table(rows: list[dict]) -> str:
         cells.append(f"{float(cells[2].removesuffix(' ms')) / prefill[cells[1]]:.2%}")
     head = ["selector", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others), "share of the prefill"]
     n, k, d = (rows[0][name] for name in ("n", "k", "d"))
-    return f"{_markdown(head, body)}\n\n{k} of {n} rows of {d}; the others' time over ours ({_source(rows[0])})."
-
-
-def prune_table(rows: list[dict]) -> str:
-    """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
-    metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
-    base = ("unpruned", "rl")
-    costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
-    scenes = summary.cells(rows, "scenes", metrics, base)
-    clips = summary.cells(rows, "clips", metrics[:1], base)
-    body = []
-    for arm, stage in [*scenes, *(key for key in clips if key not in scenes)]:
-        found = scenes.get((arm, stage), ["–"] * 6)
-        shown = f"{stage}, evaluated only" if arm == "sweep" else arm if arm != "cold" else f"cold start, {stage}"
-        cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
-        body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), *cost])
-    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV KiB"]
-    seeds = len({row["seed"] for row in rows})
-    about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
-    return f"{_markdown(head, body)}\n\n{about} ({_source(rows[0])}, one thread)."
+    return f"{markdown(head, body)}\n\n{k} of {n} rows of {d}; the others' time over ours ({source(rows[0])})."
 
 
 TABLES = {  # mark: (result file, its table)
@@ -254,7 +231,6 @@ TABLES = {  # mark: (result file, its table)
     "attention-cuda": ("prefix_attention_cuda.csv", attention_table),
     "tolerance": ("row_tolerance.csv", plain_table),
     "selection": ("vision_prune.csv", selection_table),
-    "reproduce-prune": ("reproduce/prune.csv", prune_table),
 }
 
 
@@ -270,18 +246,35 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     return {mark: text for mark, text in made.items() if text}
 
 
+def reproductions(results: Path = RESULTS, *, draw: bool = False) -> dict[Path, str]:
+    """What TABLE.md is to hold, for the tables with rows; ``draw`` makes their pictures anew."""
+    made = {}
+    for name in runner.tables():
+        path = results / "reproduce" / f"{name}.csv"
+        if rows := runner.read(path):
+            module, picture = importlib.import_module(name), path.with_suffix(".png")
+            if draw and hasattr(module, "plot"):
+                module.plot(rows, picture)
+            shown = f"\n\n![Figures of the table {name}]({picture.name})" if picture.is_file() else ""
+            made[path.with_suffix(".md")] = runner.page(name, module.__doc__, f"\n{module.table(rows)}{shown}\n\n")
+    return made
+
+
 def main() -> int:
-    """Rewrites README.md, or checks it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail when README.md differs from the results")
+    """Rewrites the texts, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail when a text differs from the results")
     options = parser.parse_args()
-    made, differ = tables(), False
-    for path in (ROOT / "README.md", *sorted(RESULTS.glob("reproduce/*.md"))):
-        text = before = path.read_text()
+    made, texts = tables(), reproductions(draw=not options.check)
+    for path in (ROOT / "README.md", RESULTS / "README.md"):
+        text = path.read_text()
         for name, table in made.items():
             mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
             text = mark.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
-        differ |= text != before
+        texts[path] = text
+    differ = False
+    for path, text in texts.items():
+        differ |= not path.is_file() or path.read_text() != text
         if not options.check:
             path.write_text(text)
     return int(options.check and differ)

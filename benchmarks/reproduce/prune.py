@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import summary
 from runner import Arm
 
 SEEDS = (0, 1, 2)
@@ -75,3 +76,22 @@ ARMS = [
     *(_arm(selector, keep) for selector in TRAINED for keep in (0.5, 0.25)),
     Arm("sweep", start=BASELINE, program="prune_sweep.py"),
 ]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
+    metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
+    base = ("unpruned", "rl")
+    costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
+    scenes = summary.cells(rows, "scenes", metrics, base)
+    clips = summary.cells(rows, "clips", metrics[:1], base)
+    body = []
+    for arm, stage in [*scenes, *(key for key in clips if key not in scenes)]:
+        found = scenes.get((arm, stage), ["–"] * 6)
+        shown = f"{stage}, evaluated only" if arm == "sweep" else arm if arm != "cold" else f"cold start, {stage}"
+        cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
+        body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), *cost])
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV KiB"]
+    seeds = len({row["seed"] for row in rows})
+    about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
+    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(rows[0])}, one thread)."

@@ -5,9 +5,10 @@
 A table is a module of this folder: its docstring states the hypotheses, written before the run; ``SEEDS``, ``ARMS``
 and ``BASELINE`` say what is run and what it is compared with. When an arm ends, a row for each stage and split
 is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics, ``n``, where it ran); the docstring
-is in TABLE.md beside it, so that the CSV has no comment lines. An arm with rows is not run again: take its rows out to
-repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce). An arm that fails shows
-the end of its log; the others go on, and the exit status is 1.
+is in TABLE.md beside it, so that the CSV has no comment lines; benchmarks/plot.py adds what the module's
+``table(rows)`` returns and, where it has a ``plot(rows, path)``, TABLE.png. An arm with rows is not run again: take
+its rows out to repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce). An arm
+that fails shows the end of its log; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -221,11 +222,20 @@ def run(jobs: list[Job], results: Path, at_once: int, commit: str) -> list[str]:
     return [name for name, future in ended.items() if not future.result()]
 
 
+def tables() -> list[str]:
+    """Modules of this folder that are tables."""
+    return sorted(path.stem for path in HERE.glob("*.py") if "\nARMS" in path.read_text())
+
+
+def page(name: str, about: str, shown: str) -> str:
+    """The text of TABLE.md: the module's docstring, and what is shown between its marks."""
+    return f"{about.strip()}\n\n<!-- reproduce-{name} -->\n{shown}<!-- /reproduce-{name} -->\n"
+
+
 def main(arguments: list[str] | None = None, table: ModuleType | None = None, results: Path = RESULTS) -> int:
     """Returns the exit status. ``table`` instead of the named module, ``results`` instead of the folder: for tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = sorted(path.stem for path in HERE.glob("*.py") if "\nARMS" in path.read_text())
-    parser.add_argument("table", choices=tables if table is None else None)
+    parser.add_argument("table", choices=tables() if table is None else None)
     parser.add_argument("--arm", action="append", default=[], help="only this one, and what it starts from; repeatable")
     parser.add_argument("--seed", action="append", type=int, default=[], help="only this one; repeatable")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
@@ -247,10 +257,9 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0
     about = path.with_suffix(".md")
-    if not about.is_file():
-        about.parent.mkdir(parents=True, exist_ok=True)
-        mark = f"reproduce-{options.table}"
-        about.write_text(f"{table.__doc__.strip()}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n")
+    about.parent.mkdir(parents=True, exist_ok=True)
+    kept = about.read_text().partition(f"<!-- reproduce-{options.table} -->\n")[2] if about.is_file() else ""
+    about.write_text(page(options.table, table.__doc__, kept.partition(f"<!-- /reproduce-{options.table} -->")[0]))
     git = shutil.which("git")
     found = git and subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     failed = run(jobs, path, options.jobs, found.stdout.strip() if found else "")

@@ -1,4 +1,4 @@
-"""A table's rows over its seeds: mean ± standard deviation, and the paired difference to the baseline arm."""
+"""A table's rows over its seeds: mean ± standard deviation, and the paired difference to the baseline arm; Markdown."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def cells(
             paired = [value - base[seed] for seed, value in values.items() if seed in base]
             table.setdefault(key, []).extend([spread(list(values.values())), spread(paired, "+")])
     return table
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table of cells."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def source(row: dict) -> str:
+    """Where a row was measured."""
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
