@@ -1,7 +1,10 @@
 """The runner of the reproduction tables on a stand-in for training, and the larger pictures that they train on."""
 
 import csv
+import importlib
+import itertools
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -11,14 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "reproduce")]
 
-import prune  # noqa: E402
+import plot  # noqa: E402
 import runner  # noqa: E402
-from reproduce import summary  # noqa: E402
+import stability  # noqa: E402
+import summary  # noqa: E402
 from runner import Arm, Job  # noqa: E402
 
 from cosmo_fast.config import load_config  # noqa: E402
@@ -184,15 +189,102 @@ def test_differences_to_the_baseline_are_paired_by_seed():
     assert cells["x", "rl"] == ["0.53 ± 0.50", "+0.10 ± 0.00", "–", "–"]
 
 
-def test_every_arm_of_the_tables_has_a_recipe_that_loads_and_a_start_that_is_an_arm(tmp_path):
-    names = [arm.name for arm in prune.ARMS]
-    assert len(set(names)) == len(names) == 12 and prune.BASELINE in names
-    for arm in prune.ARMS:
-        assert arm.start is None or arm.start in names
-        if not arm.program:
-            command = Job(arm, 1, tmp_path).command()
-            config = load_config(command[4], command[5:])
-            assert config.seed == 1 and config.world.picture == 392
+@pytest.fixture(params=runner.tables())
+def table(request):
+    """A module of benchmarks/reproduce that is a table."""
+    return importlib.import_module(request.param)
+
+
+def test_every_arm_of_a_table_loads_with_its_settings_and_comes_after_what_it_starts_from(table, tmp_path):
+    names = [arm.name for arm in table.ARMS]
+    assert len(set(names)) == len(names) and table.BASELINE in names
+    for place, arm in enumerate(table.ARMS):
+        assert set(arm.after) <= set(names[:place]), arm.name
+        command = Job(arm, table.SEEDS[0], tmp_path).command()
+        if arm.program:
+            assert Path(command[1]).is_file()
+            continue
+        config = load_config(command[4], command[5:])
+        assert config.seed == table.SEEDS[0] and config.output_dir == str(tmp_path / f"{arm.name}-{config.seed}")
+        assert not arm.stages or tuple(stage.name for stage in config.stages) == arm.stages
+        for stage in config.stages:
+            assert not config.save_steps or stage.kind == "sft" or config.save_steps % stage.updates_per_rollout == 0
+
+
+def test_a_table_says_before_its_figures_what_it_expects(table):
+    assert table.__doc__.startswith("# ") and "ypotheses" in table.__doc__
+    numbers = [int(n) for n in re.findall(r"^(\d+)\. ", table.__doc__.partition("ypotheses")[2], re.MULTILINE)]
+    assert len(numbers) >= 3 and numbers == list(range(1, len(numbers) + 1))
+
+
+def _filed(arms, seeds):
+    """Rows as a file of them has: text, every metric; those of a program have its name as their stage."""
+    where = {"device": "none", "threads": "1", "torch": "2", "commit": "c"}
+    rows = []
+    for arm in arms:
+        recipe = yaml.safe_load((runner.HERE / arm.recipe).read_text()) if arm.recipe else {"stages": [], "eval": {}}
+        for stage in arm.stages or [s["name"] for s in recipe["stages"]] or [arm.name]:
+            for i, (seed, split) in enumerate(itertools.product(seeds, recipe["eval"].get("datasets") or ["scenes"])):
+                values = {name: str((i % 7 + 1) / 8) for name in runner.METRICS}
+                keys = {"arm": arm.name, "seed": str(seed), "stage": stage, "split": split}
+                rows.append(keys | values | {"seconds": "9.5", "n": "5"} | where)
+    return rows
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_a_table_shows_what_is_filed_so_far(table, seeds, tmp_path):
+    for arms in (table.ARMS, table.ARMS[:1], table.ARMS[:3], table.ARMS[-1:]):
+        text = table.table(_filed(arms, seeds))
+        widths = {line.count("|") for line in text.partition("\n\n")[0].splitlines()}
+        assert text.startswith("| ") and len(widths) == 1 and "nan" not in text
+        assert arms[0].name in text
+        if hasattr(table, "plot"):
+            table.plot(_filed(arms, seeds), tmp_path / "t.png")
+            assert Image.open(tmp_path / "t.png").size > (100, 100)
+
+
+def test_the_page_of_a_table_follows_its_module_and_keeps_what_is_shown(bench):
+    page = bench.folder / "results" / "t.md"
+    page.parent.mkdir()
+    page.write_text("# Old\n\n<!-- reproduce-t -->\n\n| a |\n\n<!-- /reproduce-t -->\n")
+    assert bench("--arm", "cold", "--seed", "0") == bench("--arm", "cold", "--seed", "0") == 0
+    assert page.read_text() == "# Title\n\nIt is so.\n\n<!-- reproduce-t -->\n\n| a |\n\n<!-- /reproduce-t -->\n"
+
+
+def test_plot_writes_the_pages_of_the_tables_that_have_rows(tmp_path, monkeypatch):
+    (tmp_path / "reproduce").mkdir()
+    runner.append(tmp_path / "reproduce" / "stability.csv", _filed(stability.ARMS, (0, 1)))
+    assert list(plot.reproductions(tmp_path)) == [tmp_path / "reproduce" / "stability.md"]
+    assert "![" not in plot.reproductions(tmp_path)[tmp_path / "reproduce" / "stability.md"]
+    (text,) = plot.reproductions(tmp_path, draw=True).values()
+    assert text.startswith(stability.__doc__.strip()) and "| cpgd |" in text and "](stability.png)" in text
+    assert (tmp_path / "reproduce" / "stability.png").is_file()
+
+
+def test_a_run_collapsed_whose_last_tenth_is_below_four_fifths_of_its_best(tmp_path):
+    rewards = [1.0, 1.0, 1.5, 2.0] + [2.0] * 14 + [1.55, 1.55]  # of 20 rollouts, two steps each
+    rows = [{"stage": "sft", "grad_norm": 99.0}]
+    for reward in rewards:
+        row = {"stage": "rl", "grad_norm": reward, "entropy": 0.5, "completions/mean_length": 9.0, "format_rate": 0.75}
+        rows += [row | {"reward": reward}, {"stage": "rl", "grad_norm": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = stability.measured(tmp_path, "rl")
+    assert [found[f"reward_{i}"] for i in (1, 2, 3, 10)] == [1.0, 1.75, 2.0, 1.55] and found["grad_norm_max"] == 3.0
+    assert (found["entropy_end"], found["length_end"], found["format_end"]) == (0.5, 9.0, 0.75)
+    filed = {"arm": "x", "seed": "1"} | {name: str(value) for name, value in found.items()}
+    assert stability.collapsed(stability.rewards([filed])["x"]["1"])
+    assert not stability.collapsed([1.0, 2.0, 1.6]) and stability.measured(tmp_path, "sft") == {}
+
+
+def test_the_ratio_to_the_cold_start_is_of_the_same_seed():
+    rates = {("cold", "0"): (0.5, 0.4, 0.4), ("cold", "1"): (0.2, 0.2, 0.4), ("cpgd", "0"): (0.9, 0.9, 0.3),
+             ("cpgd", "1"): (0.5, 0.6, 0.1), ("cpgd", "2"): (1.0, 1.0, 0.0)}  # fmt: skip
+    rows = [
+        {"arm": arm, "stage": "rl", "seed": seed, "split": "scenes"}
+        | dict(zip(("accuracy", "safe_rate", "over_refusal_rate"), map(str, values), strict=True))
+        for (arm, seed), values in rates.items()
+    ]
+    assert stability.ratios(rows)["cpgd"] == pytest.approx([2.5 / 1.5, 2.0])
 
 
 TINY = {

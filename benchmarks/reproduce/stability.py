@@ -1,0 +1,153 @@
+"""# Does CPGD stay stable where others do not?
+
+`make reproduce-stability` runs this table: the demo's cold start (600 steps) and then, for each loss, 300 rollouts of
+its mixed rows, safety 3 : general 2, at a setting that is aggressive on purpose: 8 optimiser steps a rollout of 256
+(quarters of it, twice), a learning rate of 6e-4 (the demo: 1 step at 1.7e-4), no reference KL; 3 seeds, a cold start
+a seed. `cpgd`, its parts taken out (`cpgd_no_clip`: ε_high 1e9; `cpgd_no_drift`: α 0; `cpgd_bare`: neither), `grpo`,
+`reinforce_pp`, `rloo`, and the first two without their clip. All CPGD arms take GRPO's advantage, so that they differ
+from `grpo` in the loss alone. In the second pass over a rollout CPGD multiplies the advantage by the clipped ratio;
+without a clip that ratio is free.
+
+What no recipe says: our loss `rloo` has no ratio and is refused after a rollout's first step, so that `rloo` here is
+REINFORCE++'s clipped loss with RLOO's advantage; the drift is CPGD's own term, and the others have nothing to take out
+in its place; REINFORCE++'s KL inside the reward is left out, as the KL is for all.
+
+The stage is cut into ten equal parts. `reward_1` to `reward_10` are the mean rewards of a part (format 1 + answer 1 at
+most), the entropy, length and share of well-formed responses are those of the last part, the gradient's norm is the
+largest of all steps before it is clipped at 1. A run **collapsed** if the last part's reward is below 0.8 of its best
+part's. *Ratio to the cold start*: mean of accuracy, safe rate and 1 − over-refusal on held-out scenes, over that of
+the same seed's cold start.
+
+Hypotheses, written before the run (each can fail; what came out is in the table):
+
+1. `cpgd` collapses on no seed, and its last part's reward is at least 0.95 of its best
+   part's (paper: stable to the end).
+2. `grpo`, `rloo` and `reinforce_pp` each collapse on at least one seed of three (paper: all of them did).
+3. Without the clip CPGD gets worse: the last part's reward of `cpgd_no_clip` is below `cpgd`'s by 0.1 or more in the
+   mean, and its responses are shorter at the end (paper: they shrink to the format reward).
+4. The drift does little: `cpgd_no_drift` is within 0.05 of `cpgd` in the last part's reward (paper: clip only 1.11).
+   It may hold up what has no clip: `cpgd_no_clip` is above `cpgd_bare` by 0.05 or more in the mean.
+5. In the mean ratio to the cold start `cpgd` ≥ `grpo` ≥ `rloo` ≥ `reinforce_pp` (paper's order).
+6. The reason is the ratio in the gradient (paper): the largest norm of `grpo`, `rloo` and `reinforce_pp` is at least
+   twice `cpgd`'s in the mean.
+7. Ours: the clip matters more to what has a ratio: `grpo_no_clip` and `reinforce_pp_no_clip` collapse on every seed.
+
+The paper's figures (CPGD, arXiv 2505.12504: a 7B model on mathematics, 10 episodes, overall ratio to the base model):
+RLOO 1.01, REINFORCE++ 0.96, GRPO 1.06, CPGD 1.10 to 1.11; CPGD without clip 0.86, with the clip only 1.11, with a
+reference KL 1.05, with raw rewards 0.85. The model, the rows and all numbers of the setting are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import summary
+from runner import Arm
+
+SEEDS = (0, 1, 2)
+BASELINE = "cpgd"
+PARTS = 10
+COLLAPSED = 0.8  # of the best part's reward
+UNCLIPPED = {"epsilon": 0.999999, "epsilon_high": 1e9}
+LOSSES = {  # arm: its settings and the paper's ratio to the base model
+    "cpgd": ({}, "1.10–1.11"),
+    "grpo": ({"loss_type": "grpo"}, "1.06"),
+    "reinforce_pp": ({"loss_type": "reinforce_pp", "advantage": "reinforce_pp"}, "0.96"),
+    "cpgd_no_clip": (UNCLIPPED, "0.86"),
+    "rloo": ({"loss_type": "reinforce_pp", "advantage": "rloo"}, "1.01"),
+    "cpgd_bare": (UNCLIPPED | {"alpha": 0.0}, "–"),
+    "cpgd_no_drift": ({"alpha": 0.0}, "1.11"),
+    "grpo_no_clip": ({"loss_type": "grpo"} | UNCLIPPED, "–"),
+    "reinforce_pp_no_clip": ({"loss_type": "reinforce_pp", "advantage": "reinforce_pp"} | UNCLIPPED, "–"),
+}
+
+
+def measured(folder: Path, stage: str) -> dict[str, Any]:
+    """Rewards of ten equal parts of the stage's rollouts, the last part's means, the largest norm of a gradient."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == stage]
+    rollouts = [row for row in rows if "reward" in row]  # the first of a rollout's steps
+    if not rollouts:
+        return {}
+    parts = [rollouts[i * len(rollouts) // PARTS : (i + 1) * len(rollouts) // PARTS] for i in range(PARTS)]
+    found = {f"reward_{i}": mean(row["reward"] for row in part) for i, part in enumerate(parts, 1)}
+    ends = {"entropy_end": "entropy", "length_end": "completions/mean_length", "format_end": "format_rate"}
+    found |= {ours: mean(row[theirs] for row in parts[-1]) for ours, theirs in ends.items()}
+    found |= {"grad_norm_max": max(row["grad_norm"] for row in rows)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def rewards(rows: list[dict[str, str]]) -> dict[str, dict[str, list[float]]]:
+    """{arm: {seed: rewards of the parts}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.get("reward_1", "") != "":
+            found.setdefault(row["arm"], {})[row["seed"]] = [float(row[f"reward_{i}"]) for i in range(1, PARTS + 1)]
+    return found
+
+
+def collapsed(parts: list[float]) -> bool:
+    """Whether the last part's reward is below 0.8 of the best part's."""
+    return parts[-1] < COLLAPSED * max(parts)
+
+
+def ratios(rows: list[dict[str, str]]) -> dict[str, list[float]]:
+    """{arm: a number a seed, the mean of accuracy, safe rate and 1 − over-refusal over that of its cold start}."""
+    rates = [summary.over_seeds(rows, "scenes", name) for name in ("accuracy", "safe_rate", "over_refusal_rate")]
+    overall = {
+        (arm, seed): good + safe + 1 - rates[2][arm, stage][seed]
+        for (arm, stage), by_seed in rates[0].items()
+        for seed, good in by_seed.items()
+        if (safe := rates[1].get((arm, stage), {}).get(seed)) is not None
+    }
+    found: dict[str, list[float]] = {}
+    for (arm, seed), value in overall.items():
+        if ("cold", seed) in overall:
+            found.setdefault(arm, []).append(value / overall["cold", seed])
+    return found
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Each loss: rewards along the run, collapses, the end of the run, held-out rates, beside the paper's ratio."""
+    names = ("grad_norm_max", "entropy_end", "length_end", "format_end", "accuracy", "safe_rate", "over_refusal_rate")
+    columns = [summary.over_seeds(rows, "scenes", name) for name in names]
+    overall, curves, body = ratios(rows), rewards(rows), []
+    for arm, stage in dict.fromkeys((row["arm"], row["stage"]) for row in rows):
+        parts = list(curves.get(arm, {}).values())
+        shown = [summary.spread([pick(p) for p in parts]) for pick in (lambda p: p[0], max, lambda p: p[-1])]
+        fallen = f"{sum(map(collapsed, parts))} of {len(parts)}" if parts else "–"
+        found = [summary.spread(list(column.get((arm, stage), {}).values())) for column in columns]
+        ours = summary.spread(overall.get(arm, []))
+        body.append([arm, *shown, fallen, *found, ours, LOSSES[arm][1] if arm in LOSSES else "–"])
+    head = ["arm", "reward, first part", "best", "last", "collapsed", "largest gradient", "entropy", "length", "format"]
+    head += ["accuracy", "safe rate", "over-refusal", "ratio to the cold start", "paper's, to its base"]
+    about = f"Mean ± deviation over {len({row['seed'] for row in rows})} seeds"
+    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(rows[0])}, one thread)."
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """The reward along the run, a line a loss with a thin one a seed."""
+    from matplotlib.figure import Figure  # here: what trains need not load it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (arm, by_seed) in enumerate(rewards(rows).items()):
+        for parts in by_seed.values():
+            axes.plot(range(1, PARTS + 1), parts, color=f"C{i}", linewidth=0.6, alpha=0.5)
+        mid = [mean(values) for values in zip(*by_seed.values(), strict=True)]
+        axes.plot(range(1, PARTS + 1), mid, color=f"C{i}", marker=".", label=arm)
+    axes.set(xlabel="tenth of the run", ylabel="mean reward", ylim=(0, 2.05))
+    if axes.lines:
+        axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _arm(name: str) -> Arm:
+    settings = {f"stages.rl.{key}": value for key, value in LOSSES[name][0].items()}
+    return Arm(name, "stability.yaml", ("rl",), settings, "cold", measure=measured)
+
+
+ARMS = [Arm("cold", "stability.yaml", ("cold",)), *map(_arm, LOSSES)]
