@@ -1,4 +1,4 @@
-"""The figures in README.md are those of the committed result files, and the demo's meet their bars."""
+"""The figures of README.md and of the tables are those of the result files, and the demo's meet their bars."""
 
 import json
 import subprocess
@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT / "benchmarks"))
+
+import plot  # noqa: E402
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -42,3 +45,8 @@ def test_with_blanked_pictures_no_task_beats_its_best_constant_answer(stages):
 def test_the_tables_in_the_readme_are_those_of_the_result_files():
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "plot.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run python benchmarks/plot.py"
+
+
+def test_every_table_stands_in_one_of_the_two_texts():
+    texts = (ROOT / "README.md").read_text() + (RESULTS / "README.md").read_text()
+    assert {name: texts.count(f"<!-- {name} -->") for name in plot.tables()} == dict.fromkeys(plot.tables(), 1)
