@@ -271,7 +271,9 @@ def test_a_run_collapsed_whose_last_tenth_is_below_four_fifths_of_its_best(tmp_p
     found = stability.measured(tmp_path, "rl")
     assert [found[f"reward_{i}"] for i in (1, 2, 3, 10)] == [1.0, 1.75, 2.0, 1.55] and found["grad_norm_max"] == 3.0
     assert (found["entropy_end"], found["length_end"], found["format_end"]) == (0.5, 9.0, 0.75)
-    filed = {"arm": "x", "seed": "1"} | {name: str(value) for name, value in found.items()}
+    filed = {"arm": "x", "stage": "rl", "seed": "1", "split": "scenes"} | {
+        name: str(value) for name, value in found.items()
+    }
     assert stability.collapsed(stability.rewards([filed])["x"]["1"])
     assert not stability.collapsed([1.0, 2.0, 1.6]) and stability.measured(tmp_path, "sft") == {}
 

@@ -1,40 +1,35 @@
 """# Does CPGD stay stable where others do not?
 
-`make reproduce-stability` runs this table: the demo's cold start (600 steps) and then, for each loss, 300 rollouts of
+`make reproduce-stability` runs this table: the demo's cold start (600 steps) and then, for each loss, 240 rollouts of
 its mixed rows, safety 3 : general 2, at a setting that is aggressive on purpose: 8 optimiser steps a rollout of 256
-(quarters of it, twice), a learning rate of 6e-4 (the demo: 1 step at 1.7e-4), no reference KL; 3 seeds, a cold start
-a seed. `cpgd`, its parts taken out (`cpgd_no_clip`: ε_high 1e9; `cpgd_no_drift`: α 0; `cpgd_bare`: neither), `grpo`,
-`reinforce_pp`, `rloo`, and the first two without their clip. All CPGD arms take GRPO's advantage, so that they differ
-from `grpo` in the loss alone. In the second pass over a rollout CPGD multiplies the advantage by the clipped ratio;
-without a clip that ratio is free.
+(quarters of it, twice), a learning rate of 3e-4 (the demo: 1 step at 1.7e-4), no KL; 3 seeds, a cold start each. All
+CPGD arms take GRPO's advantage, so that they differ from `grpo` in the loss alone. `no_clip` is ε_high 1e9, `no_drift`
+α 0, `bare` both; what CPGD multiplies the advantage by in the second pass, a clipped ratio, is then unclipped too.
 
 What no recipe says: our loss `rloo` has no ratio and is refused after a rollout's first step, so that `rloo` here is
-REINFORCE++'s clipped loss with RLOO's advantage; the drift is CPGD's own term, and the others have nothing to take out
-in its place; REINFORCE++'s KL inside the reward is left out, as the KL is for all.
+REINFORCE++'s clipped loss with RLOO's advantage; the drift is CPGD's own term, the others have none to take out.
 
-The stage is cut into ten equal parts. `reward_1` to `reward_10` are the mean rewards of a part (format 1 + answer 1 at
-most), the entropy, length and share of well-formed responses are those of the last part, the gradient's norm is the
-largest of all steps before it is clipped at 1. A run **collapsed** if the last part's reward is below 0.8 of its best
-part's. *Ratio to the cold start*: mean of accuracy, safe rate and 1 − over-refusal on held-out scenes, over that of
-the same seed's cold start.
+`reward_1` to `reward_10` are the mean rewards of ten equal parts of the run (format 1 + answer 1 at most); entropy,
+length and format are the last part's, the gradient is the largest before it is scaled to 1. A run **collapsed** if its
+last part's reward is below 0.8 of its best part's. *Ratio to the cold start*: mean of accuracy, safe rate and 1 −
+over-refusal on held-out scenes, over that of the same seed's cold start.
 
 Hypotheses, written before the run (each can fail; what came out is in the table):
 
-1. `cpgd` collapses on no seed, and its last part's reward is at least 0.95 of its best
-   part's (paper: stable to the end).
+1. `cpgd` collapses on no seed: the last part's reward is at least 0.95 of the best part's (paper: stable to the end).
 2. `grpo`, `rloo` and `reinforce_pp` each collapse on at least one seed of three (paper: all of them did).
 3. Without the clip CPGD gets worse: the last part's reward of `cpgd_no_clip` is below `cpgd`'s by 0.1 or more in the
    mean, and its responses are shorter at the end (paper: they shrink to the format reward).
 4. The drift does little: `cpgd_no_drift` is within 0.05 of `cpgd` in the last part's reward (paper: clip only 1.11).
-   It may hold up what has no clip: `cpgd_no_clip` is above `cpgd_bare` by 0.05 or more in the mean.
+   Ours: it may hold up what has no clip, `cpgd_no_clip` is above `cpgd_bare` by 0.05 or more.
 5. In the mean ratio to the cold start `cpgd` ≥ `grpo` ≥ `rloo` ≥ `reinforce_pp` (paper's order).
-6. The reason is the ratio in the gradient (paper): the largest norm of `grpo`, `rloo` and `reinforce_pp` is at least
-   twice `cpgd`'s in the mean.
+6. The reason is the ratio in the gradient (paper): the largest gradient of `grpo`, `rloo` and `reinforce_pp` is at
+   least twice `cpgd`'s in the mean.
 7. Ours: the clip matters more to what has a ratio: `grpo_no_clip` and `reinforce_pp_no_clip` collapse on every seed.
 
 The paper's figures (CPGD, arXiv 2505.12504: a 7B model on mathematics, 10 episodes, overall ratio to the base model):
-RLOO 1.01, REINFORCE++ 0.96, GRPO 1.06, CPGD 1.10 to 1.11; CPGD without clip 0.86, with the clip only 1.11, with a
-reference KL 1.05, with raw rewards 0.85. The model, the rows and all numbers of the setting are ours.
+RLOO 1.01, REINFORCE++ 0.96, GRPO 1.06, CPGD 1.10 to 1.11; CPGD without clip 0.86, with the clip only 1.11. The model,
+the rows and all numbers of the setting are ours.
 """
 
 from __future__ import annotations
@@ -50,6 +45,8 @@ from runner import Arm
 SEEDS = (0, 1, 2)
 BASELINE = "cpgd"
 PARTS = 10
+RATES = ("accuracy", "safe_rate", "over_refusal_rate")
+ENDS = {"entropy_end": "entropy", "length_end": "completions/mean_length", "format_end": "format_rate"}
 COLLAPSED = 0.8  # of the best part's reward
 UNCLIPPED = {"epsilon": 0.999999, "epsilon_high": 1e9}
 LOSSES = {  # arm: its settings and the paper's ratio to the base model
@@ -67,26 +64,22 @@ LOSSES = {  # arm: its settings and the paper's ratio to the base model
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """Rewards of ten equal parts of the stage's rollouts, the last part's means, the largest norm of a gradient."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == stage]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in lines if row["stage"] == stage]
     rollouts = [row for row in rows if "reward" in row]  # the first of a rollout's steps
-    if not rollouts:
+    if len(rollouts) < PARTS:
         return {}
     parts = [rollouts[i * len(rollouts) // PARTS : (i + 1) * len(rollouts) // PARTS] for i in range(PARTS)]
     found = {f"reward_{i}": mean(row["reward"] for row in part) for i, part in enumerate(parts, 1)}
-    ends = {"entropy_end": "entropy", "length_end": "completions/mean_length", "format_end": "format_rate"}
-    found |= {ours: mean(row[theirs] for row in parts[-1]) for ours, theirs in ends.items()}
+    found |= {name: mean(row[theirs] for row in parts[-1]) for name, theirs in ENDS.items()}
     found |= {"grad_norm_max": max(row["grad_norm"] for row in rows)}
     return {name: round(value, 4) for name, value in found.items()}
 
 
 def rewards(rows: list[dict[str, str]]) -> dict[str, dict[str, list[float]]]:
     """{arm: {seed: rewards of the parts}}."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row.get("reward_1", "") != "":
-            found.setdefault(row["arm"], {})[row["seed"]] = [float(row[f"reward_{i}"]) for i in range(1, PARTS + 1)]
-    return found
+    parts = [summary.over_seeds(rows, "scenes", f"reward_{i}") for i in range(1, PARTS + 1)]
+    return {key[0]: {seed: [part[key][seed] for part in parts] for seed in parts[0][key]} for key in parts[0]}
 
 
 def collapsed(parts: list[float]) -> bool:
@@ -96,24 +89,15 @@ def collapsed(parts: list[float]) -> bool:
 
 def ratios(rows: list[dict[str, str]]) -> dict[str, list[float]]:
     """{arm: a number a seed, the mean of accuracy, safe rate and 1 − over-refusal over that of its cold start}."""
-    rates = [summary.over_seeds(rows, "scenes", name) for name in ("accuracy", "safe_rate", "over_refusal_rate")]
-    overall = {
-        (arm, seed): good + safe + 1 - rates[2][arm, stage][seed]
-        for (arm, stage), by_seed in rates[0].items()
-        for seed, good in by_seed.items()
-        if (safe := rates[1].get((arm, stage), {}).get(seed)) is not None
-    }
-    found: dict[str, list[float]] = {}
-    for (arm, seed), value in overall.items():
-        if ("cold", seed) in overall:
-            found.setdefault(arm, []).append(value / overall["cold", seed])
-    return found
+    good, safe, over = (summary.over_seeds(rows, "scenes", name) for name in RATES)
+    found = {key: {seed: v + safe[key][seed] + 1 - over[key][seed] for seed, v in good[key].items()} for key in good}
+    base = next((by_seed for (arm, _), by_seed in found.items() if arm == "cold"), {})
+    return {arm: [v / base[seed] for seed, v in found[arm, stage].items() if seed in base] for arm, stage in found}
 
 
 def table(rows: list[dict[str, str]]) -> str:
     """Each loss: rewards along the run, collapses, the end of the run, held-out rates, beside the paper's ratio."""
-    names = ("grad_norm_max", "entropy_end", "length_end", "format_end", "accuracy", "safe_rate", "over_refusal_rate")
-    columns = [summary.over_seeds(rows, "scenes", name) for name in names]
+    columns = [summary.over_seeds(rows, "scenes", name) for name in ("grad_norm_max", *ENDS, *RATES)]
     overall, curves, body = ratios(rows), rewards(rows), []
     for arm, stage in dict.fromkeys((row["arm"], row["stage"]) for row in rows):
         parts = list(curves.get(arm, {}).values())
