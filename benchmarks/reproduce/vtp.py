@@ -135,7 +135,7 @@ def table(rows: list[dict[str, str]]) -> str:
     about += f" ({rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']})."
     plain = [row for row in rows if (row["arm"], row["split"]) == ("plain", "scenes")]
     named = {"arm": "prompt_only", "split": "scenes", "stage": "sft"}
-    rows = rows + [named | {"seed": row["seed"], "accuracy": row["asked_accuracy"]} for row in plain]
+    rows = rows + [named | {"seed": row["seed"], "accuracy": row.get("asked_accuracy", "")} for row in plain]
     shown = {"three +": ("scenes", "many_accuracy")} | {n: (n, "accuracy") for n in ("noise", "blur", "occlusion")}
     shown |= {"swapped object": ("swapped_objects", "accuracy"), "follows a note": ("followed_description", "accuracy")}
     shown |= {"follows its own": ("scenes", "own_followed"), "visual key": ("scenes", "visual_key")}
