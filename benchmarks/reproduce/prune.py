@@ -85,13 +85,16 @@ def table(rows: list[dict[str, str]]) -> str:
     costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
     scenes = summary.cells(rows, "scenes", metrics, base)
     clips = summary.cells(rows, "clips", metrics[:1], base)
+    moving = summary.over_seeds(rows, "clips", "changed_kept")
     body = []
     for arm, stage in [*scenes, *(key for key in clips if key not in scenes)]:
         found = scenes.get((arm, stage), ["–"] * 6)
         shown = f"{stage}, evaluated only" if arm == "sweep" else arm if arm != "cold" else f"cold start, {stage}"
         cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
-        body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), *cost])
-    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips accuracy", "Δ", "step s", "KV KiB"]
+        changed = summary.spread(list(moving.get((arm, stage), {}).values()))
+        body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), changed, *cost])
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips: accuracy", "Δ", "changed tokens kept"]
+    head += ["step s", "KV KiB"]
     seeds = len({row["seed"] for row in rows})
     about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
     return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(rows[0])}, one thread)."
