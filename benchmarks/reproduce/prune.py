@@ -22,6 +22,25 @@ Hypotheses, written before the run (each can fail; what came out is in the table
    enough for what is large.
 6. A step at 25 % takes at most 0.7 of the unpruned step. (Keys and values shrink with what is kept: no hypothesis.)
 7. On clips at 25 and 11 %, `frame_difference` is the best selector, because what moves is what is asked about.
+
+What came out, written after the run (means over three seeds):
+
+1. Holds for `max_min` (-0.03, +0.01). `random` and `uniform` lose 0.16 of 0.71 accuracy at 50 %, 0.26 of 0.82 and 0.22
+   in safe rate: less than half, as some questions ask for the colour of the ground.
+2. Wrong in its first half: before the language model `attention` is as good as `max_min`, 0.13 above `random` at 50 %
+   and 0.18 at 25 %. Its second half holds: in layer 2 it is the best at 25 and 11 %, by 0.01 to 0.03, at 2.5 to 5
+   times the keys and values.
+3. Holds for `dpp`. `key_norm` is as good as `max_min` before the language model; in layer 2 it is below `random` at
+   50 % on two of three seeds.
+4. Holds for `max_min` (-0.04 becomes -0.01 at 25 %) and `attention`. Wrong for `uniform` and `random`: their safe rate
+   stays where evaluation alone has it, and over-refusal rises from 0.25 to 0.5 at 50 and 0.8 at 25 %.
+5. Wrong: 0.56 to 0.59 against 0.83. `uniform` and `random` win on scenes nowhere but in time: nothing is chosen. On
+   clips `uniform` is above `max_min` at 25 % (0.29, 0.25), within the deviation.
+6. Holds for `uniform` (0.63) and `random` (0.68), not for `max_min` (0.73) and `attention` (0.81). The times are those
+   of two arms side by side, other work among them; take them as rough.
+7. Holds: 0.46 at 25 % and 0.36 at 11 %, the next 0.32 and 0.30, `attention@2`. With it at hand the policy answers clips
+   better than with all tokens (0.34): it has not learnt to compare frames, and what is left is what moves. It keeps
+   every changed token at 11 %, `max_min` 0.54, `random` 0.12.
 """
 
 from __future__ import annotations
@@ -79,7 +98,9 @@ ARMS = [
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Each arm and swept setting beside the unpruned policy, on scenes and on clips."""
+    """Each arm and swept setting beside the unpruned policy, without `small`, which has seen no large picture."""
+    order = [arm.name for arm in ARMS]
+    rows = sorted((row for row in rows if row["arm"] != "small"), key=lambda row: order.index(row["arm"]))
     metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
     base = ("unpruned", "rl")
     costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
@@ -93,7 +114,18 @@ def table(rows: list[dict[str, str]]) -> str:
         cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
         changed = summary.spread(list(moving.get((arm, stage), {}).values()))
         body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), changed, *cost])
-    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips: accuracy", "Δ", "changed tokens kept"]
+    head = [
+        "arm",
+        "accuracy",
+        "Δ",
+        "safe rate",
+        "Δ",
+        "over-refusal",
+        "Δ",
+        "clips: accuracy",
+        "Δ",
+        "changed tokens kept",
+    ]
     head += ["step s", "KV KiB"]
     seeds = len({row["seed"] for row in rows})
     about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"

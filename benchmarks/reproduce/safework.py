@@ -8,7 +8,8 @@ search, read and state a confidence, half of them guesses, of which three in fou
 `deliberative`, RL with search, in which λ holds reliability (certain and right, or uncertain and wrong) up to 0.9.
 Controls: `deliberative_free` is the last stage with λ = 0, so that confidence earns nothing; `grpo_same` makes the
 steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
-the rows of `search_sft` too; they come again because RL without tools unlearns their use.
+the rows of `search_sft` too; they come again, with half as many of the cold start's others, because RL without tools
+unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone).
 
 All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
 requests. cosmo: value, knowledge and instruction rows. search: questions of which half are about facts that no row
