@@ -28,19 +28,19 @@ What came out, written after the run (means over three seeds):
 1. Holds for `max_min` (-0.03, +0.01). `random` and `uniform` lose 0.16 of 0.71 accuracy at 50 %, 0.26 of 0.82 and 0.22
    in safe rate: less than half, as some questions ask for the colour of the ground.
 2. Wrong in its first half: before the language model `attention` is as good as `max_min`, 0.13 above `random` at 50 %
-   and 0.18 at 25 %. Its second half holds: in layer 2 it is the best at 25 and 11 %, by 0.01 to 0.03, at 2.5 to 5
-   times the keys and values.
+   and 0.18 at 25 %. Its second half: in layer 2 it is first at 25 and 11 %, by 0.01 to 0.03, within the deviations, at
+   2.5 to 5 times the keys and values.
 3. Holds for `dpp`. `key_norm` is as good as `max_min` before the language model; in layer 2 it is below `random` at
    50 % on two of three seeds.
 4. Holds for `max_min` (-0.04 becomes -0.01 at 25 %) and `attention`. Wrong for `uniform` and `random`: their safe rate
    stays where evaluation alone has it, and over-refusal rises from 0.25 to 0.5 at 50 and 0.8 at 25 %.
-5. Wrong: 0.56 to 0.59 against 0.83. `uniform` and `random` win on scenes nowhere but in time: nothing is chosen. On
-   clips `uniform` is above `max_min` at 25 % (0.29, 0.25), within the deviation.
+5. Wrong: 0.56 to 0.59 against 0.83. On scenes the only advantage of `uniform` and `random` is speed. On clips `uniform`
+   is above `max_min` at 25 % (0.29, 0.25), within the deviations.
 6. Holds for `uniform` (0.63) and `random` (0.68), not for `max_min` (0.73) and `attention` (0.81). The times are those
    of two arms side by side, other work among them; take them as rough.
-7. Holds: 0.46 at 25 % and 0.36 at 11 %, the next 0.32 and 0.30, `attention@2`. With it at hand the policy answers clips
-   better than with all tokens (0.34): it has not learnt to compare frames, and what is left is what moves. It keeps
-   every changed token at 11 %, `max_min` 0.54, `random` 0.12.
+7. Holds: 0.46 at 25 % and 0.36 at 11 %, the next 0.32 and 0.30, `attention@2`. With it clips are answered better than
+   with all tokens (0.34), probably because the policy has not learnt to compare frames and what is left is what moves:
+   every changed token at 11 %, where `max_min` keeps 0.54 of them and `random` 0.12.
 """
 
 from __future__ import annotations
