@@ -168,9 +168,24 @@ def train_table(rows: list[dict]) -> str:
         peaks.setdefault(f"{row['case']}, {row['dtype']}", []).append(f"{row['provider']} {float(row['peak_mib']):.0f}")
     told = "; ".join(f"{case}: {', '.join(found)}" for case, found in peaks.items())
     first = rows[0]
-    what = f"P {first['p']}, G {first['g']}, R {first['r']}; the others' time over ours"
+    what = f"P {first['p']}, G {first['g']}, R {first['r']}; the others' time over ours in the same dtype"
     table = markdown(["case", "phase", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
-    return f"{table}\n\n{what} ({source(first)}). Peak MiB of an update: {told}."
+    memory = f"Peak MiB of an update, beyond weights, gradients and optimiser states: {told}."
+    return f"{table}\n\n{what} ({source(first)}).{_best_dtypes(rows)} {memory}"
+
+
+def _best_dtypes(rows: list[dict]) -> str:
+    """A sentence on ours in its better dtype beside the others in theirs, which need not be the same."""
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        found = best.setdefault((row["case"], row["phase"]), {})
+        found[row["provider"]] = min(float(row["ms_p50"]), found.get(row["provider"], float("inf")))
+    shown = []
+    for (case, phase), found in best.items():
+        if phase in ("update", "step") and ":" not in case:
+            ratios = [f"{p} {_number(ms / found['cosmo_fast'])}" for p, ms in found.items() if p in ("padded", "trl")]
+            shown.append(f"{case}, {phase}: {', '.join(ratios)}")
+    return f" Each in the dtype that is faster for it: {'; '.join(shown)}." if shown else ""
 
 
 def train_growth_table(rows: list[dict]) -> str:

@@ -119,11 +119,39 @@ def test_a_run_that_ended_unfiled_is_filed_without_running(bench):
 def test_an_arm_waits_for_all_that_it_needs_and_is_told_their_folders(bench):
     arms = [Arm("late", needs=("one", "two"), start="zero"), Arm("zero"), Arm("one", start="zero"), Arm("two")]
     jobs = runner.wanted(arms, [3], {"late"}, set(), Path("/r"))
-    order = [job.name for job in jobs]
-    assert sorted(order[:2]) == ["two-3", "zero-3"] and order[2:] == ["one-3", "late-3"]
+    assert [job.name for job in jobs] == ["zero-3", "one-3", "two-3", "late-3"]
     judged = Arm("judged", "prune.yaml", ("rl",), {"verifiers": {"safety": {"model": "{one}"}}}, needs=("one",))
     command = Job(judged, 3, Path("/r")).command()
     assert json.loads(command[command.index("--verifiers") + 1]) == {"safety": {"model": "/r/one-3"}}
+
+
+def test_a_seed_is_finished_in_the_order_of_the_table_before_the_next_begins(tmp_path):
+    arms = [Arm("cold"), Arm("a", start="cold"), Arm("other"), Arm("b", start="cold")]
+    jobs = runner.wanted(arms, [0, 1], set(), {("a", "1")}, tmp_path)
+    assert [job.name for job in jobs] == ["cold-0", "a-0", "other-0", "b-0", "cold-1", "other-1", "b-1"]
+
+
+def test_what_other_settings_made_is_neither_gone_on_with_nor_filed(bench, capfd):
+    assert bench("--arm", "a", "--seed", "0") == 0
+    about = bench.folder / "runs" / "t" / "cold-0.settings"
+    about.write_text(about.read_text() + "a line of the recipe")
+    assert bench("--arm", "b", "--seed", "0") == 1
+    printed = capfd.readouterr().out
+    assert "cold-0: FAILED, its settings are not those it began with: remove" in printed and "b-0: not run" in printed
+    (bench.folder / "runs" / "t" / "cold-0" / "summary.json").unlink()
+    (bench.folder / "runs" / "t" / "cold-0").rmdir()
+    assert bench("--arm", "b", "--seed", "0") == 0
+
+
+def test_an_arm_that_cannot_be_measured_fails_and_the_others_go_on(bench, capfd, monkeypatch):
+    read_of = runner.rows_of
+    monkeypatch.setattr(
+        runner, "rows_of", lambda job, commit: {}["gone"] if job.name == "a-0" else read_of(job, commit)
+    )
+    assert bench(seeds=(0,)) == 1
+    printed = capfd.readouterr().out
+    assert "a-0: FAILED, it ended but was not measured" in printed and "KeyError: 'gone'" in printed
+    assert {row["arm"] for row in bench.rows()} == {"cold", "b"}
 
 
 def test_a_failing_arm_shows_its_log_stops_what_starts_from_it_and_nothing_else(bench, capfd):
@@ -212,8 +240,17 @@ def test_every_arm_of_a_table_loads_with_its_settings_and_comes_after_what_it_st
 
 def test_a_table_says_before_its_figures_what_it_expects(table):
     assert table.__doc__.startswith("# ") and "ypotheses" in table.__doc__
-    numbers = [int(n) for n in re.findall(r"^(\d+)\. ", table.__doc__.partition("ypotheses")[2], re.MULTILINE)]
-    assert len(numbers) >= 3 and numbers == list(range(1, len(numbers) + 1))
+    told, _, came_out = table.__doc__.partition("ypotheses")[2].partition("What came out, ")
+    numbers, verdicts = (re.findall(r"^(\d+)\. ", text, re.MULTILINE) for text in (told, came_out))
+    assert len(numbers) >= 3 and numbers == [str(n + 1) for n in range(len(numbers))] and verdicts in ([], numbers)
+
+
+MEASURED = [
+    *(f"{f}_{n}" for f in ("typographic", "split", "role_play", "figure_step") for n in ("success", "read", "safe")),
+    *(f"{n}_{i}" for n in ("proxy", "gold", "reward") for i in range(1, 11)), "grad_norm_max", "entropy_end",
+    "length_end", "format_end", "step_s", "vision_kv_kib", "changed_kept", "certain_wrong", "stated", "lambda",
+    "search_calls", "many_accuracy", "asked_accuracy", "own_followed", "visual_key", "textual_key", "consistency",
+]  # fmt: skip
 
 
 def _filed(arms, seeds):
@@ -228,7 +265,7 @@ def _filed(arms, seeds):
             stages, splits = [stage.name for stage in config.stages], config.eval.datasets
         for stage in stages:
             for i, (seed, split) in enumerate(itertools.product(seeds, splits)):
-                values = {name: str((i % 7 + 1) / 8) for name in runner.METRICS}
+                values = {name: str((i % 7 + 1) / 8) for name in (*runner.METRICS, *MEASURED)}
                 keys = {"arm": arm.name, "seed": str(seed), "stage": stage, "split": split}
                 rows.append(keys | values | {"seconds": "9.5", "n": "5"} | where)
     return rows
@@ -240,7 +277,7 @@ def test_a_table_shows_what_is_filed_so_far(table, seeds, tmp_path):
         text = table.table(_filed(arms, seeds))
         widths = {line.count("|") for line in text.partition("\n\n")[0].splitlines()}
         assert text.startswith("| ") and len(widths) == 1 and "nan" not in text
-        assert arms[0].name in text or arms[0].program
+        assert arms[0].name in text or arms[0].program or arms[0].name == "small"
         if hasattr(table, "plot"):
             table.plot(_filed(arms, seeds), tmp_path / "t.png")
             assert Image.open(tmp_path / "t.png").size > (100, 100)

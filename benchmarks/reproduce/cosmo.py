@@ -21,9 +21,11 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
 3. `safety` over-refuses: over-refusal on scenes >= 0.50, and accuracy falls by >= 0.05 (paper's claim).
 4. `two_stage` improves all three on every seed: accuracy by >= 0.10, safe rate by >= 0.30, over-refusal no higher than
    cold's + 0.02; and figure_step succeeds at most half as often as on `cold` (paper's claim, without its figures).
-5. The order helps: `two_stage` is above `mixed` by >= 0.02 in accuracy or safe rate, and below in neither by 0.02.
+5. The order, with the mix that it brings (44 % more general rows), helps: `two_stage` is above `mixed` by >= 0.02 in
+   accuracy or safe rate, and below in neither by 0.02.
 6. RL beats SFT out of distribution: over `clean_sft` and over `rft`, `two_stage` is safer on concepts by >= 0.05 at an
-   over-refusal at most 0.05 higher, or figure_step succeeds less by >= 0.05.
+   over-refusal at most 0.05 higher; and figure_step succeeds less by >= 0.05 than after `rft`. (Supervised rows show no
+   refusal under any attack, so that of `clean_sft` it says nothing. Noted after the first arms, before any of SFT.)
 7. RL mends the bias: after it, cold starts with 0, 35 and 70 % of bias are within 0.05 of each other in safe rate.
 8. 10 % of noise costs at most 0.03 of the safe rate, 20 % at most 0.08. The trained verifier is exploited: at the end
    its reward is above the rule's on the same responses by >= 0.05, and the safe rate is below `two_stage`'s by >= 0.05.
@@ -129,16 +131,18 @@ def table(rows: list[dict[str, str]]) -> str:
     pairs = [summary.cells(rows, split, ["safe_rate", "over_refusal_rate"], base) for split in ("concepts", "intents")]
     attacked, held = _success(rows, TRAINED), _success(rows, (HELD_OUT,))
     formed = summary.cells(rows, "instructions", ["instruction_rate"], base)
-    lines = [
-        "| arm | accuracy | Δ | safe rate | Δ | over-refusal | Δ | concepts: safe, over-refusal | "
-        "intents: safe, over-refusal | attacks trained on | figure_step | instructions | Δ |",
-        "|---|" + "---|" * 12,
-    ]
+    seconds = summary.over_seeds(rows, "scenes", "seconds")
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "concepts: safe, over-refusal"]
+    head += ["intents: safe, over-refusal", "attacks trained on", "figure_step", "instructions", "Δ", "seconds"]
+    body = []
     for key in [key for key in scenes if key[1] != "general" or key[0] == "general"]:
         shown = [f"{c[key][0]}, {c[key][2]}" for c in pairs]
         shown += [summary.spread(found.get(key, [])) for found in (attacked, held)] + formed[key]
-        lines.append(f"| {key[0]} | {' | '.join(scenes[key] + shown)} |")
-    lines += ["", "Mean ± deviation over the seeds of an arm; Δ: paired difference to `cold`. Attacks: success.", ""]
+        body.append([key[0], *scenes[key], *shown, summary.spread([*seconds.get(key, {}).values()])])
+    about = (
+        "Mean ± deviation over the seeds of an arm; Δ: paired difference to `cold`. Attacks: success. Seconds: training"
+    )
+    lines = [summary.markdown(head, body), "", f"{about} ({summary.source(*rows)}, one thread).", ""]
     plain = summary.over_seeds(rows, "scenes", "safe_rate").get(base, {})
     for family in (*TRAINED, HELD_OUT):
         read, safe = (summary.over_seeds(rows, "attacks", f"{family}_{n}").get(base, {}) for n in ("read", "safe"))

@@ -23,24 +23,26 @@ Hypotheses, written before the run (each can fail; what came out is in the table
 6. A step at 25 % takes at most 0.7 of the unpruned step. (Keys and values shrink with what is kept: no hypothesis.)
 7. On clips at 25 and 11 %, `frame_difference` is the best selector, because what moves is what is asked about.
 
-What came out, written after the run (means over three seeds):
+What came out, written after the run (means over three seeds; differences are paired):
 
-1. Holds for `max_min` (-0.03, +0.01). `random` and `uniform` lose 0.16 of 0.71 accuracy at 50 %, 0.26 of 0.82 and 0.22
-   in safe rate: less than half, as some questions ask for the colour of the ground.
+1. Holds for `max_min` at 50 % (-0.03, +0.01). Of `uniform` and `random` it is not decided: no column has the questions
+   about objects of one token alone. They lose 0.16 of accuracy each, 0.26 and 0.22 of safe rate, where both end at
+   0.36 and 0.38 with 11 % of the tokens: about half of what there is to lose.
 2. Wrong in its first half: before the language model `attention` is as good as `max_min`, 0.13 above `random` at 50 %
-   and 0.18 at 25 %. Its second half: in layer 2 it is first at 25 and 11 %, by 0.01 to 0.03, within the deviations, at
-   2.5 to 5 times the keys and values.
-3. Holds for `dpp`. `key_norm` is as good as `max_min` before the language model; in layer 2 it is below `random` at
-   50 % on two of three seeds.
-4. Holds for `max_min` (-0.04 becomes -0.01 at 25 %) and `attention`. Wrong for `uniform` and `random`: their safe rate
-   stays where evaluation alone has it, and over-refusal rises from 0.25 to 0.5 at 50 and 0.8 at 25 %.
+   and 0.18 at 25 %. Its second half: in layer 2 it is first at 25 and 11 %, by 0.01 to 0.03, within the deviations, and
+   for more keys and values than `max_min` takes at 50 % (245 and 218 against 196 KiB), which is as good or better.
+3. Holds for `dpp`. `key_norm` is never below `random` before the language model; in layer 2 it is on two of three seeds
+   at 50 %, and as bad at 75 % as at 11 %: the first quarter that it drops costs everything there.
+4. Holds for `max_min` (-0.04 becomes -0.01 at 25 %) and `attention`. Wrong for `random` (no gain) and `uniform` (0.03
+   and 0.06 of 0.26 and 0.36); their over-refusal rises, from 0.33 to 0.49 at 50 and from 0.37 to 0.81 at 25 %.
 5. Wrong: 0.56 to 0.59 against 0.83. On scenes the only advantage of `uniform` and `random` is speed. On clips `uniform`
    is above `max_min` at 25 % (0.29, 0.25), within the deviations.
-6. Holds for `uniform` (0.63) and `random` (0.68), not for `max_min` (0.73) and `attention` (0.81). The times are those
-   of two arms side by side, other work among them; take them as rough.
-7. Holds: 0.46 at 25 % and 0.36 at 11 %, the next 0.32 and 0.30, `attention@2`. With it clips are answered better than
-   with all tokens (0.34), probably because the policy has not learnt to compare frames and what is left is what moves:
-   every changed token at 11 %, where `max_min` keeps 0.54 of them and `random` 0.12.
+6. Not decided: 0.63, 0.68, 0.73 and 0.81 (`uniform`, `random`, `max_min`, `attention`), measured two arms side by side
+   with other work on the machine; from seed to seed a ratio moves by up to 0.3.
+7. Holds: 0.46 at 25 % and 0.36 at 11 %, the next 0.32 and 0.30, `attention@2`. At 50 % it is 0.51, above all tokens
+   (0.34). But the policy has hardly learnt clips: naming one of the things in sight, or any corner, is right in about
+   0.3 of them, and 120 clips a seed have an error of 0.04. Trained with 25 %, they lose 0.04 to 0.06 (`max_min`,
+   `attention`).
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ ARMS = [
 
 def table(rows: list[dict[str, str]]) -> str:
     """Each arm and swept setting beside the unpruned policy, without `small`, which has seen no large picture."""
-    order = [arm.name for arm in ARMS]
-    rows = sorted((row for row in rows if row["arm"] != "small"), key=lambda row: order.index(row["arm"]))
+    order, where = {arm.name: place for place, arm in enumerate(ARMS)}, summary.source(*rows)
+    rows = sorted((row for row in rows if row["arm"] != "small"), key=lambda row: order.get(row["arm"], len(order)))
     metrics = ["accuracy", "safe_rate", "over_refusal_rate"]
     base = ("unpruned", "rl")
     costs = {metric: summary.over_seeds(rows, "scenes", metric) for metric in ("step_s", "vision_kv_kib")}
@@ -114,19 +116,8 @@ def table(rows: list[dict[str, str]]) -> str:
         cost = [summary.spread(list(costs[m].get((arm, stage), {}).values())) for m in costs]
         changed = summary.spread(list(moving.get((arm, stage), {}).values()))
         body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), changed, *cost])
-    head = [
-        "arm",
-        "accuracy",
-        "Δ",
-        "safe rate",
-        "Δ",
-        "over-refusal",
-        "Δ",
-        "clips: accuracy",
-        "Δ",
-        "changed tokens kept",
-    ]
-    head += ["step s", "KV KiB"]
+    head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips: accuracy", "Δ"]
+    head += ["changed tokens kept", "step s", "KV KiB"]
     seeds = len({row["seed"] for row in rows})
     about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
-    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(rows[0])}, one thread)."
+    return f"{summary.markdown(head, body)}\n\n{about} ({where}, one thread)."

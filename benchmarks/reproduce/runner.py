@@ -7,8 +7,8 @@ and ``BASELINE`` say what is run and what it is compared with. When an arm ends,
 is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics, ``n``, where it ran); the docstring
 is in TABLE.md beside it, so that the CSV has no comment lines; benchmarks/plot.py adds what the module's
 ``table(rows)`` returns and, where it has a ``plot(rows, path)``, TABLE.png. An arm with rows is not run again: take
-its rows out to repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce). An arm
-that fails shows the end of its log; the others go on, and the exit status is 1.
+its rows out to repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce), if its
+settings are what they were. An arm that fails shows the end of its log; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,25 @@ class Job:
     @property
     def ended(self) -> bool:
         return (self.folder / "summary.json").is_file()
+
+    @property
+    def about(self) -> Path:
+        """Where :meth:`settings` are while it runs, and after."""
+        return self.runs / f"{self.name}.settings"
+
+    @property
+    def changed(self) -> bool:
+        """Whether its folder holds what other settings made."""
+        held = self.ended or any(self.folder.glob("checkpoint-*"))
+        return held and self.about.is_file() and self.about.read_text() != self.settings()
+
+    def settings(self) -> str:
+        """What it is run with: the command, without how it goes on, and the text of the recipe or program."""
+        skipped = {"--resume_from_checkpoint", "--overwrite_output_dir"}
+        command = self.command()[1:]
+        kept = [part for i, part in enumerate(command) if not skipped & set(command[max(i - 1, 0) : i + 1])]
+        text = "\n".join([*kept, (HERE / (self.arm.program or self.arm.recipe)).read_text()])
+        return text.replace(str(self.runs), "RUNS").replace(str(ROOT), "ROOT")
 
     def command(self) -> list[str]:
         """What runs it, or goes on with it."""
@@ -167,59 +187,90 @@ def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
 
 
 def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: set, runs: Path) -> list[Job]:
-    """Jobs to run, each after the one that it starts from; a start that is filed but has no model left runs again."""
+    """Jobs to run, seed by seed in the table's order, each after those that it needs.
+
+    One that is needed is run again where it is filed but has no model left.
+    """
     by_name = {arm.name: arm for arm in arms}
     if unknown := sorted(names - by_name.keys()):
         raise ValueError(f"--arm {unknown[0]!r} is none of {', '.join(by_name)}")
-    jobs: dict[str, tuple[int, Job]] = {}
+    jobs: dict[str, Job] = {}
 
-    def add(job: Job) -> int:
-        """How many jobs it starts from, one after the other."""
-        starts = [Job(by_name[name], job.seed, runs) for name in job.arm.after]
-        depth = max((1 + add(start) for start in starts if not start.ended), default=0)
-        jobs[job.name] = depth, job
-        return depth
+    def add(job: Job) -> None:
+        for needed in (Job(by_name[name], job.seed, runs) for name in job.arm.after):
+            if not needed.ended or needed.changed:
+                add(needed)
+        jobs.setdefault(job.name, job)
 
     for seed in seeds:
         for name in by_name:
             if name in (names or by_name) and (name, str(seed)) not in filed:
                 add(Job(by_name[name], seed, runs))
-    return [job for _, job in sorted(jobs.values(), key=lambda item: item[0])]  # every chain begins at once
+    return list(jobs.values())
 
 
-def run(jobs: list[Job], results: Path, at_once: int, commit: str) -> list[str]:
-    """Runs the jobs and files their rows; returns the names of those that failed or had nothing to start from."""
-    ended: dict[str, Future[bool]] = {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+def run(jobs: list[Job], results: Path, at_once: int) -> list[str]:
+    """Runs the jobs, always the first whose needs have ended; returns the names of those that failed or were left."""
+    names, waiting = {job.name for job in jobs}, list(jobs)
+    running: dict[Future[bool], Job] = {}
+    ended: dict[str, bool] = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    needed = [f"{arm}-{job.seed}" for arm in job.arm.after]
+                    if failed := [name for name in needed if ended.get(name) is False]:
+                        print(f"{job.name}: not run, {failed[0]} failed", flush=True)
+                        ended[job.name] = False
+                    elif len(running) < at_once and all(name in ended for name in names.intersection(needed)):
+                        running[pool.submit(_one, job, results)] = job
+                    else:
+                        continue
+                    waiting.remove(job)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    ended[running.pop(future).name] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [name for name, well in ended.items() if not well]
 
-    def one(job: Job) -> bool:
-        for name in (f"{arm}-{job.seed}" for arm in job.arm.after):
-            if name in ended and not ended[name].result():  # it was submitted before, so that waiting for it ends
-                print(f"{job.name}: not run, {name} failed", flush=True)
-                return False
-        began, log = time.monotonic(), job.runs / f"{job.name}.log"
+
+def _one(job: Job, results: Path) -> bool:
+    """Whether the job ended well and its rows are filed. Another runner that is at the same one is waited for."""
+    began, log = time.monotonic(), job.runs / f"{job.name}.log"
+    job.runs.mkdir(parents=True, exist_ok=True)
+    with (job.runs / f"{job.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if job.changed:
+            print(f"{job.name}: FAILED, its settings are not those it began with: remove {job.folder}", flush=True)
+            return False
         if not job.ended:  # else it was stopped before its rows were filed
             print(f"{job.name}: begins", flush=True)
-            job.runs.mkdir(parents=True, exist_ok=True)
+            job.about.write_text(job.settings())
+            environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
             with log.open("a") as file:
-                status = subprocess.call(job.command(), env=environment, cwd=ROOT, stdout=file, stderr=file)
+                command, environment = job.command(), os.environ | environment
+                status = subprocess.call(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
             if status:
                 lines = log.read_text().splitlines()[-TAIL:]
                 print("\n".join([f"{job.name}: FAILED ({status}), the end of {log}:", *lines]), flush=True)
                 return False
-        append(results, rows_of(job, commit))
-        print(f"{job.name}: filed after {time.monotonic() - began:.0f} s", flush=True)
-        return True
-
-    with ThreadPoolExecutor(at_once) as pool:
         try:
-            for job in jobs:
-                ended[job.name] = pool.submit(one, job)
-            wait(ended.values())
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [name for name, future in ended.items() if not future.result()]
+            append(results, rows_of(job, _commit()))
+        except Exception:  # of a table's own measure: the other arms go on
+            print(f"{job.name}: FAILED, it ended but was not measured:\n{traceback.format_exc()}", flush=True)
+            return False
+    print(f"{job.name}: filed after {time.monotonic() - began:.0f} s", flush=True)
+    return True
+
+
+def _commit() -> str:
+    """That of what runs now."""
+    if not shutil.which("git"):
+        return ""
+    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "cosmo_fast", "csrc", str(HERE)])
+    said = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip() for words in asked]
+    return said[0] + ("-dirty" if said[1] else "")
 
 
 def tables() -> list[str]:
@@ -260,9 +311,7 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
     about.parent.mkdir(parents=True, exist_ok=True)
     kept = about.read_text().partition(f"<!-- reproduce-{options.table} -->\n")[2] if about.is_file() else ""
     about.write_text(page(options.table, table.__doc__, kept.partition(f"<!-- /reproduce-{options.table} -->")[0]))
-    git = shutil.which("git")
-    found = git and subprocess.run([git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    failed = run(jobs, path, options.jobs, found.stdout.strip() if found else "")
+    failed = run(jobs, path, options.jobs)
     print(f"failed: {', '.join(failed)}" if failed else f"{path}: every arm is filed")
     return int(bool(failed))
 

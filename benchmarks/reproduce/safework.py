@@ -8,12 +8,13 @@ search, read and state a confidence, half of them guesses, of which three in fou
 `deliberative`, RL with search, in which λ holds reliability (certain and right, or uncertain and wrong) up to 0.9.
 Controls: `deliberative_free` is the last stage with λ = 0, so that confidence earns nothing; `grpo_same` makes the
 steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
-the rows of `search_sft` too; they come again, with half as many of the cold start's others, because RL without tools
+the rows of `search_sft` too; they come again, with half as many of scenes and requests, because RL without tools
 unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone).
 
 All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
 requests. cosmo: value, knowledge and instruction rows. search: questions of which half are about facts that no row
-teaches; three in ten of these facts stand in no document either, so that only a low confidence is reliable.
+teaches; some of these stand in no document either (3 of the 13 that held-out rows ask about, the same in every seed),
+so that only a low confidence is reliable.
 False-certain rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and
 wrong: the same answers as a share of all rows, as an answer may state none. Tokens are those of a completion to
 scenes, tools' results not counted.
@@ -28,7 +29,8 @@ Hypotheses, written before the run (each can fail; what came out is in the table
 4. `efficient` answers with at least 10 % fewer tokens than `grpo_same`, accuracy and safe rate at most 0.02 below;
    `efficient_a80` is shorter still, and at least as far below in accuracy.
 5. `deliberative` halves what is certain and wrong against `search_sft`, or more; `deliberative_free` falls by less, and
-   keeps at least 1.5 times what `deliberative` does. Accuracy on search rises in both by at least 0.1.
+   keeps at least 1.5 times what `deliberative` does. Accuracy on search rises in both by at least 0.1, and the share of
+   rows whose answer states a confidence falls in neither by more than 0.05.
 6. Instruction following, which no stage rewards, is at least 0.05 lower after `m3_all` than after `cot_sft`.
 
 Order of stages, labels' rewards, actions of search and λ by multiplicative weights are the paper's (arXiv 2507.18576,
@@ -49,7 +51,7 @@ from statistics import mean
 from typing import Any
 
 from runner import Arm
-from summary import cells, over_seeds, spread
+from summary import cells, markdown, over_seeds, source, spread
 
 SEEDS = (0, 1, 2)
 BASELINE = "cot_sft"
@@ -100,21 +102,23 @@ def table(rows: list[dict[str, str]]) -> str:
     """Markdown, a row an arm: what the world's scenes show beside `cot_sft`, then the rates of the other splits."""
     paired = ["accuracy", "safe_rate", "over_refusal_rate", "mean_length"]
     plain = [("cosmo", "value_rate"), ("cosmo", "knowledge_rate"), ("cosmo", "instruction_rate"),
-             ("search", "accuracy"), ("search", "false_certain_rate"), ("search", "certain_wrong"),
+             ("search", "accuracy"), ("search", "stated"),
+             ("search", "false_certain_rate"), ("search", "certain_wrong"),
              ("search", "search_calls"), ("search", "lambda")]  # fmt: skip
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "tokens", "Δ", "value", "knowledge",
-            "instruction", "search: accuracy", "false-certain", "certain and wrong", "searches", "λ"]  # fmt: skip
+            "instruction", "search: accuracy", "confidence stated", "false-certain", "certain and wrong", "searches",
+            "λ"]  # fmt: skip
     found = [over_seeds(rows, split, metric) for split, metric in plain]
-    lines = [head, ["---"] * len(head)]
+    body = []
     for key, shown in cells(rows, "scenes", paired, (BASELINE, BASELINE)).items():
-        lines.append([f"`{key[0]}`", *shown, *(spread(list(values.get(key, {}).values())) for values in found)])
+        body.append([f"`{key[0]}`", *shown, *(spread(list(values.get(key, {}).values())) for values in found)])
     seeds = len({row["seed"] for row in rows})
     about = f"Mean ± deviation over {seeds} seed(s), Δ: paired difference to `{BASELINE}`."
     paper = (
         "Paper: safety 63.4 → 89.2; general +13.45 %; 55.3 % at 1,008 against 55.7 % at 1,522 tokens; false-certain "
     )
     about += f" {paper}54 % → 2 %."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}"
+    return f"{markdown(head, body)}\n\n{about} ({source(*rows)}, one thread.)"
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

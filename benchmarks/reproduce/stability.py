@@ -3,8 +3,10 @@
 `make reproduce-stability` runs this table: the demo's cold start (600 steps) and then, for each loss, 240 rollouts of
 its mixed rows, safety 3 : general 2, at a setting that is aggressive on purpose: 8 optimiser steps a rollout of 256
 (quarters of it, twice), a learning rate of 3e-4 (the demo: 1 step at 1.7e-4), no KL; 3 seeds, a cold start each. All
-CPGD arms take GRPO's advantage, so that they differ from `grpo` in the loss alone. `no_clip` is ε_high 1e9, `no_drift`
-α 0, `bare` both; what CPGD multiplies the advantage by in the second pass, a clipped ratio, is then unclipped too.
+CPGD arms take GRPO's advantage and all losses are means over tokens, so that arms differ in the loss alone.
+`no_clip` is ε 0.999999 and ε_high 1e9, `no_drift` α 0, `bare` both; what CPGD multiplies the advantage by in the second
+pass, a clipped ratio, is then unclipped too. (In a pilot, seed 9, REINFORCE++ broke at once at 6e-4; 3e-4 was chosen
+without one.)
 
 What no recipe says: our loss `rloo` has no ratio and is refused after a rollout's first step, so that `rloo` here is
 REINFORCE++'s clipped loss with RLOO's advantage; the drift is CPGD's own term, the others have none to take out.
@@ -18,8 +20,8 @@ Hypotheses, written before the run (each can fail; what came out is in the table
 
 1. `cpgd` collapses on no seed: the last part's reward is at least 0.95 of the best part's (paper: stable to the end).
 2. `grpo`, `rloo` and `reinforce_pp` each collapse on at least one seed of three (paper: all of them did).
-3. Without the clip CPGD gets worse: the last part's reward of `cpgd_no_clip` is below `cpgd`'s by 0.1 or more in the
-   mean, and its responses are shorter at the end (paper: they shrink to the format reward).
+3. Without the clip, that of the second pass too, CPGD gets worse: the last part's reward of `cpgd_no_clip` is below
+   `cpgd`'s by 0.1 or more in the mean, and responses are shorter at the end (paper: they shrink to the format reward).
 4. The drift does little: `cpgd_no_drift` is within 0.05 of `cpgd` in the last part's reward (paper: clip only 1.11).
    Ours: it may hold up what has no clip, `cpgd_no_clip` is above `cpgd_bare` by 0.05 or more.
 5. In the mean ratio to the cold start `cpgd` ≥ `grpo` ≥ `rloo` ≥ `reinforce_pp` (paper's order).
@@ -109,7 +111,7 @@ def table(rows: list[dict[str, str]]) -> str:
     head = ["arm", "reward, first part", "best", "last", "collapsed", "largest gradient", "entropy", "length", "format"]
     head += ["accuracy", "safe rate", "over-refusal", "ratio to the cold start", "paper's, to its base"]
     about = f"Mean ± deviation over {len({row['seed'] for row in rows})} seeds"
-    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(rows[0])}, one thread)."
+    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(*rows)}, one thread)."
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

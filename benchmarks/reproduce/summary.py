@@ -44,6 +44,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
-def source(row: dict) -> str:
-    """Where a row was measured."""
-    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
+def source(*rows: dict) -> str:
+    """Where rows were measured: as the first was, and every commit."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {commits}"
