@@ -139,6 +139,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
             side.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
         side.set(xlabel=across.replace("mean_length", "tokens of a completion"), ylabel=up.replace("_", " "))
         side.margins(0.25)
+        if across == "mean_length":
+            side.set(xlim=(0, None), ylim=(0, 1))
         side.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
