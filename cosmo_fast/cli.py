@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cosmo-fast", description="RL post-training of multimodal reasoning models.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser(
-        "train", help="train a recipe: cosmo-fast train demo [--key.sub value ...] [--dry-run]"
+        "train",
+        help="train a recipe: cosmo-fast train demo [--key.sub value ...] [--dry-run]",
+        usage="cosmo-fast train RECIPE [--dry-run] [--key.sub value ...]",
+        description=train.ABOUT,
     )
     training.add_argument("recipe", help="a YAML file or a shipped recipe")
     judging = commands.add_parser(

@@ -8,6 +8,11 @@ import sys
 
 import yaml
 
+ABOUT = """Train a recipe. Any setting of it can be given as a flag, --key.sub value, and wins over the file; a stage
+goes by its name: --seed 1 --eval.limit 200 --stages.rl.max_steps 100. --dry-run checks the recipe, the model and all
+rows and prints the settings, the batch arithmetic, the predicted peak of memory and the first prompt; it writes no run
+folder."""
+
 
 def quiet() -> None:
     """No progress bars of transformers among our own lines."""
@@ -20,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains a recipe; returns the exit status. What a user can mend is printed as one message, without a traceback."""
     parser = argparse.ArgumentParser(
         prog="python -m cosmo_fast.train",
-        description="Train a recipe: a YAML file or the name of a shipped one. Any setting: --key.sub value.",
+        usage="%(prog)s --config RECIPE [--dry-run] [--key.sub value ...]",
+        description=ABOUT,
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="recipe file, or a shipped recipe such as demo")

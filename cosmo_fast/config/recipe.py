@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cosmo_fast.config.rules import Constraint, Curriculum, Schedule, SearchTool, StopLoss, StopRule, Strict, Tools
 from cosmo_fast.config.stage import ConfigError, StageConfig
@@ -15,16 +15,23 @@ from cosmo_fast.pruning import VisionPrune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-# What users of verl and EasyR1 write, and our name for it.
+# What users of TRL, verl and EasyR1 write, and our name for it, or what to do instead.
 ALIASES = {
     "n": "num_generations", "clip_ratio_low": "epsilon", "clip_ratio_high": "epsilon_high", "clip_ratio": "epsilon",
     "kl_loss_coef": "beta", "ppo_epochs": "num_iterations", "max_response_length": "max_completion_length",
     "lr": "learning_rate", "total_steps": "max_steps", "torch_dtype": "dtype", "lora_rank": "lora_r",
     "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
-    "num_train_epochs": "max_steps", "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta",
-    "bf16": "dtype", "rollout.n": "num_generations", "filter_groups": "dynamic_sample",
+    "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta", "filter_groups": "dynamic_sample",
     "max_num_gen_batches": "max_resample_times", "online_filtering": "dynamic_sample",
+    "num_train_epochs": "a stage's length is max_steps", "bf16": "write dtype: bfloat16, at the top of the recipe",
+    "reward_funcs": "name rewards in a stage's reward_recipe; functions are passed in Python: Trainer(reward_funcs=…)",
 }  # fmt: skip
+
+
+def _count(value: Any) -> Any:
+    if isinstance(value, bool):  # TRL's switch
+        raise ValueError(f"{str(value).lower()} is no count; give the number of samples to keep, 0 for none")
+    return value
 
 
 class EvalConfig(Strict):
@@ -82,7 +89,8 @@ class Config(Strict):
     kv_cache_mib: int = Field(default=4096, gt=0)  # keys and values of what is sampled, at most
     vision_prune: VisionPrune | None = None  # in all stages and in the evaluation alike
     logging_steps: int = Field(default=10, gt=0)
-    log_completions: int = Field(default=6, ge=0)  # samples kept with their pictures, a logged rollout
+    # samples kept with their pictures per logged rollout
+    log_completions: Annotated[int, BeforeValidator(_count), Field(ge=0)] = 6
     save_steps: int | None = Field(default=None, gt=0)  # besides the end of every stage
     save_total_limit: int | None = Field(default=None, gt=0)
     resume_from_checkpoint: str | bool = False
@@ -221,14 +229,31 @@ def _explain(error: dict, raw: dict) -> str:
             place.append(str(part))
     where = ".".join(place) or "recipe"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"])
-        last = place[-1]
-        near = [ALIASES[last]] if last in ALIASES else difflib.get_close_matches(last, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-        return f"unknown setting {where!r}{hint}"
+        path = [*place, *_foreign(error["input"])]
+        return f"unknown setting {'.'.join(path)!r}; {_hint(path[-1].rpartition('.')[2], _known_keys(error['loc']))}"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def _foreign(value: Any) -> list[str]:
+    """Where another tool's setting stands inside a mapping: ["n"] of rollout: {n: 8}."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if name in ALIASES or _foreign(inner):
+            return [str(name), *_foreign(inner)]
+    return []
+
+
+def _hint(name: str, known: list[str]) -> str:
+    name = ALIASES.get(name, name)
+    if " " in name:
+        return name
+    if name not in known and name in StageConfig.model_fields:
+        return f"{name!r} belongs to a stage: stages.NAME.{name}"
+    if name not in known and name in Config.model_fields:
+        return f"{name!r} belongs to the top of the recipe"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def _known_keys(location: tuple) -> list[str]:

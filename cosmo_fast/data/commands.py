@@ -16,7 +16,14 @@ def add(commands) -> None:
     data = commands.add_parser("data", help="check rows before training, or make rows").add_subparsers(
         dest="action", required=True
     )
-    check = data.add_parser("check", help="what is wrong with the rows of a file; exit status 1 where anything is")
+    check = data.add_parser(
+        "check",
+        help="what is wrong with the rows of a file; exit status 1 where anything is",
+        usage="cosmo-fast data check FILE [--recipe RECIPE [--stage NAME] [--key.sub value ...]] [...]",
+        description="Check every row by the trainer's own rules: messages, pictures, and labels, judges and answers "
+        "by the default rewards; with --recipe by that recipe's rewards, and lengths in tokens too. Problems are "
+        "printed with file and line. No weights are loaded, no picture is decoded, no reward of your own is called.",
+    )
     check.add_argument("file", help="a JSONL file of rows")
     check.add_argument("--recipe", help="check as this recipe will read it; settings follow as --key.sub value")
     check.add_argument("--stage", help="the recipe's stage that the file is meant for, where none names it")
