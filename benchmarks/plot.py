@@ -25,6 +25,7 @@ from summary import markdown, source  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
 PLAIN_CASES = ("full", "half_zero")
+HEADLINE = ("update", "step")  # phases of train.csv
 PER_PROMPT = 8  # responses to each prompt in prefix_attention.csv, whose g counts them over all prompts
 YARDSTICKS = ("floor", "floor_reused", "full")  # rows that others are measured by
 
@@ -159,19 +160,30 @@ def _beside_ours(rows: list[dict], keys: list[str]) -> tuple[list[str], list[lis
 
 
 def train_table(rows: list[dict]) -> str:
-    """One GRPO step by phase, and the peak memory of the update."""
-    rows = [row for row in rows if row["case"].startswith("vision_") or ":" in row["case"]]
-    others, body = _beside_ours(rows, ["case", "phase", "dtype"])
-    updates = [row for row in rows if row["phase"] == "update" and row["peak_mib"] != "nan"]
+    """One GRPO step, and the update in it."""
+    rows = [row for row in rows if row["case"].startswith("vision_") and row["phase"] in HEADLINE]
+    return f"{_train_table(rows)}{_best_dtypes(rows)}"
+
+
+def train_phases_table(rows: list[dict]) -> str:
+    """The other phases and the update's parts, and the peak memory of the update."""
+    others = [r for r in rows if ":" in r["case"] or (r["case"].startswith("vision_") and r["phase"] not in HEADLINE)]
     peaks: dict[str, list[str]] = {}
-    for row in updates:
-        peaks.setdefault(f"{row['case']}, {row['dtype']}", []).append(f"{row['provider']} {float(row['peak_mib']):.0f}")
+    for row in rows:
+        if row["case"].startswith("vision_") and row["phase"] == "update" and row["peak_mib"] != "nan":
+            found = peaks.setdefault(f"{row['case']}, {row['dtype']}", [])
+            found.append(f"{row['provider']} {float(row['peak_mib']):.0f}")
     told = "; ".join(f"{case}: {', '.join(found)}" for case, found in peaks.items())
+    memory = f"Peak MiB of an update, beyond weights, gradients and optimiser states: {told}."
+    return f"{_train_table(others)} {memory}"
+
+
+def _train_table(rows: list[dict]) -> str:
+    others, body = _beside_ours(rows, ["case", "phase", "dtype"])
     first = rows[0]
     what = f"P {first['p']}, G {first['g']}, R {first['r']}; the others' time over ours in the same dtype"
     table = markdown(["case", "phase", "dtype", "cosmo fast", *(name.replace("_", " ") for name in others)], body)
-    memory = f"Peak MiB of an update, beyond weights, gradients and optimiser states: {told}."
-    return f"{table}\n\n{what} ({source(first)}).{_best_dtypes(rows)} {memory}"
+    return f"{table}\n\n{what} ({source(first)})."
 
 
 def _best_dtypes(rows: list[dict]) -> str:
@@ -182,9 +194,8 @@ def _best_dtypes(rows: list[dict]) -> str:
         found[row["provider"]] = min(float(row["ms_p50"]), found.get(row["provider"], float("inf")))
     shown = []
     for (case, phase), found in best.items():
-        if phase in ("update", "step") and ":" not in case:
-            ratios = [f"{p} {_number(ms / found['cosmo_fast'])}" for p, ms in found.items() if p in ("padded", "trl")]
-            shown.append(f"{case}, {phase}: {', '.join(ratios)}")
+        ratios = [f"{p} {_number(ms / found['cosmo_fast'])}" for p, ms in found.items() if p in ("padded", "trl")]
+        shown.append(f"{case}, {phase}: {', '.join(ratios)}")
     return f" Each in the dtype that is faster for it: {'; '.join(shown)}." if shown else ""
 
 
@@ -242,6 +253,7 @@ TABLES = {  # mark: (result file, its table)
     "bandwidth-cuda": ("linear_policy_loss_bandwidth_cuda.csv", plain_table),
     "attention": ("prefix_attention.csv", attention_table),
     "train": ("train.csv", train_table),
+    "train-phases": ("train.csv", train_phases_table),
     "train-growth": ("train.csv", train_growth_table),
     "attention-cuda": ("prefix_attention_cuda.csv", attention_table),
     "tolerance": ("row_tolerance.csv", plain_table),

@@ -47,7 +47,7 @@ def _shipped_kernels():
 def test_the_sdist_holds_what_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "cosmo_fast/kernels.py"}
+    wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "cosmo_fast/kernels.py", "docs/data.md"}
     wanted |= {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()} | {f"kernels/{name}" for name in _shipped_kernels()}
     wanted |= {f"cosmo_fast/recipes/{p.name}" for p in (ROOT / "cosmo_fast/recipes").glob("*.yaml")}
     assert wanted <= names
