@@ -30,8 +30,7 @@ reproduce: install
 
 # Tables of arms and seeds (benchmarks/reproduce), up to hours each; stopped, they go on where they were.
 $(TABLES): install
-	$(RUN) benchmarks/reproduce/runner.py $(@:reproduce-%=%) $(ARGS)
-	$(RUN) benchmarks/plot.py
+	$(RUN) benchmarks/reproduce/runner.py $(@:reproduce-%=%) $(ARGS); status=$$?; $(RUN) benchmarks/plot.py; exit $$status
 
 test: install-dev
 	$(RUN) -m pytest -q $(ARGS)

@@ -116,6 +116,7 @@ class Trainer:
             params = SamplingParams(config.max_completion_length, temperature=0)
             own_sampler(config, self.policy, self.vision).store_rows(prompts, params, 1)
             measured |= rates(name, score([row.columns for row in rows], [""] * len(rows)))  # or a row cannot be judged
+            measured[f"eval/{name}/mean_length"] = 0.0
         for stage in config.stages:
             _at(f"stage {stage.name!r}", self.policy.freeze, stage.frozen)
             check_metrics(stage, measured, getattr(self.reward_mixes.get(stage.name), "functions", ()))

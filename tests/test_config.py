@@ -72,6 +72,11 @@ def test_every_shipped_recipe_is_valid(name):
         (["--num_train_epochs=3"], "'num_train_epochs'; a stage's length is max_steps"),
         (["--stages.rl.rollout.n=8"], r"'stages.rl.rollout.n'; did you mean 'num_generations'\?"),
         (["--actor.rollout={top: 1, n: 8}"], "'actor.rollout.n'; 'num_generations' belongs to a stage"),
+        (["--data.max_prompt_length=3"], r"'data.max_prompt_length'; did you mean 'max_prompt_length'\?"),
+        (["--rollout.temperature=1"], "'rollout.temperature'; 'temperature' belongs to a stage"),
+        (["--stages.rl.train_batch_size=8"], "see per_device_train_batch_size and steps_per_generation"),
+        (["--max_pixels=5"], "sets the tokens of a picture"),
+        (["--eval={datasets: {}, tools: {search: {corpus: x.jsonl}}}"], "tools has no effect without datasets"),
         (["--log_completions=true"], "log_completions: true is no count; .* 0 for none"),
         (
             ["--stages.rl.stop={metrc: reward, above: 1}"],

@@ -132,6 +132,8 @@ def test_what_other_settings_made_is_neither_gone_on_with_nor_filed(bench, capfd
     assert bench("--arm", "b", "--seed", "0") == 1
     printed = capfd.readouterr().out
     assert "cold-0: FAILED, its settings are not those it began with: remove" in printed and "b-0: not run" in printed
+    about.unlink()
+    assert bench("--arm", "b", "--seed", "0") == 1
     (bench.folder / "runs" / "t" / "cold-0" / "summary.json").unlink()
     (bench.folder / "runs" / "t" / "cold-0").rmdir()
     assert bench("--arm", "b", "--seed", "0") == 0

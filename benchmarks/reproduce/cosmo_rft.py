@@ -55,10 +55,10 @@ def main() -> None:
             row, of = json.loads(line), range(i * EACH, (i + 1) * EACH)
             for text in dict.fromkeys(said[j] for j in of if rewards[j] >= FULL):
                 answer = {"role": "assistant", "content": text}
-                lines.append(json.dumps(row | {"messages": [*row["messages"], answer]}))
+                lines.append(json.dumps(row | {"messages": [*row["messages"], answer]}) + "\n")
             for picture in row["images"]:
                 shutil.copyfile(path.parent / picture, out / picture)
-        (out / file).write_text("\n".join(lines) + "\n")
+        (out / file).write_text("".join(lines))
         tried, kept = tried + len(said), kept + len(lines)
         print(f"{file}: {len(lines)} of {len(said)} responses kept", flush=True)
     stage = {"name": "sampled", "seconds": time.perf_counter() - began, "splits": {"rows": {"n": kept}}}

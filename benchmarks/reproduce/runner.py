@@ -7,8 +7,9 @@ and ``BASELINE`` say what is run and what it is compared with. When an arm ends,
 is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics, ``n``, where it ran); the docstring
 is in TABLE.md beside it, so that the CSV has no comment lines; benchmarks/plot.py adds what the module's
 ``table(rows)`` returns and, where it has a ``plot(rows, path)``, TABLE.png. An arm with rows is not run again: take
-its rows out to repeat it. One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce), if its
-settings are what they were. An arm that fails shows the end of its log; the others go on, and the exit status is 1.
+its rows out to repeat it (but one that others need is, and its rows are replaced, where its run is gone). One that was
+stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce), if its settings are what they were. An arm that
+fails shows the end of its log; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -101,13 +103,15 @@ class Job:
     def changed(self) -> bool:
         """Whether its folder holds what other settings made."""
         held = self.ended or any(self.folder.glob("checkpoint-*"))
-        return held and self.about.is_file() and self.about.read_text() != self.settings()
+        return held and not (self.about.is_file() and self.about.read_text() == self.settings())
 
     def settings(self) -> str:
-        """What it is run with: the command, without how it goes on, and the text of the recipe or program."""
+        """What it is run with: the command, without how it goes on, its recipe or program, and those it needs."""
         skipped = {"--resume_from_checkpoint", "--overwrite_output_dir"}
         command = self.command()[1:]
         kept = [part for i, part in enumerate(command) if not skipped & set(command[max(i - 1, 0) : i + 1])]
+        before = [self.runs / f"{name}-{self.seed}.settings" for name in self.arm.after]
+        kept += [hashlib.sha256(path.read_bytes()).hexdigest() for path in before if path.is_file()]
         text = "\n".join([*kept, (HERE / (self.arm.program or self.arm.recipe)).read_text()])
         return text.replace(str(self.runs), "RUNS").replace(str(ROOT), "ROOT")
 
@@ -244,19 +248,23 @@ def _one(job: Job, results: Path) -> bool:
         if job.changed:
             print(f"{job.name}: FAILED, its settings are not those it began with: remove {job.folder}", flush=True)
             return False
+        made_by = job.runs / f"{job.name}.commit"
+        begun = made_by.read_text() if made_by.is_file() and any(job.folder.glob("checkpoint-*")) else ""
         if not job.ended:  # else it was stopped before its rows were filed
             print(f"{job.name}: begins", flush=True)
             job.about.write_text(job.settings())
+            made_by.write_text(", ".join(dict.fromkeys([*filter(None, begun.split(", ")), _commit()])))
             environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
             with log.open("a") as file:
                 command, environment = job.command(), os.environ | environment
-                status = subprocess.call(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+                held = (lock.fileno(),)  # the lock lives as long as the run, should this runner be killed
+                status = subprocess.call(command, env=environment, cwd=ROOT, stdout=file, stderr=file, pass_fds=held)
             if status:
-                lines = log.read_text().splitlines()[-TAIL:]
+                lines = log.read_text(errors="replace").splitlines()[-TAIL:]
                 print("\n".join([f"{job.name}: FAILED ({status}), the end of {log}:", *lines]), flush=True)
                 return False
         try:
-            append(results, rows_of(job, _commit()))
+            append(results, rows_of(job, made_by.read_text()))
         except Exception:  # of a table's own measure: the other arms go on
             print(f"{job.name}: FAILED, it ended but was not measured:\n{traceback.format_exc()}", flush=True)
             return False
@@ -265,10 +273,11 @@ def _one(job: Job, results: Path) -> bool:
 
 
 def _commit() -> str:
-    """That of what runs now."""
+    """That of what runs now, with a mark if the checkout differs from it."""
     if not shutil.which("git"):
         return ""
-    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "cosmo_fast", "csrc", str(HERE)])
+    changes = ["status", "--porcelain", "--", "cosmo_fast", "csrc", "kernels", str(HERE)]
+    asked = (["rev-parse", "--short", "HEAD"], changes)
     said = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip() for words in asked]
     return said[0] + ("-dirty" if said[1] else "")
 
@@ -312,7 +321,7 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
     kept = about.read_text().partition(f"<!-- reproduce-{options.table} -->\n")[2] if about.is_file() else ""
     about.write_text(page(options.table, table.__doc__, kept.partition(f"<!-- /reproduce-{options.table} -->")[0]))
     failed = run(jobs, path, options.jobs)
-    print(f"failed: {', '.join(failed)}" if failed else f"{path}: every arm is filed")
+    print(f"failed: {', '.join(failed)}" if failed else f"{path}: all that was asked for is filed")
     return int(bool(failed))
 
 

@@ -15,6 +15,7 @@ from cosmo_fast.pruning import VisionPrune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
+PIXELS = "`size` in the model's preprocessor_config.json sets the tokens of a picture"
 # What users of TRL, verl and EasyR1 write, and our name for it, or what to do instead.
 ALIASES = {
     "n": "num_generations", "clip_ratio_low": "epsilon", "clip_ratio_high": "epsilon_high", "clip_ratio": "epsilon",
@@ -23,7 +24,11 @@ ALIASES = {
     "use_peft": "lora_r", "enable_gradient_checkpointing": "gradient_checkpointing",
     "scale_rewards": "advantage", "adv_estimator": "advantage", "kl_coef": "beta", "filter_groups": "dynamic_sample",
     "max_num_gen_batches": "max_resample_times", "online_filtering": "dynamic_sample",
-    "num_train_epochs": "a stage's length is max_steps", "bf16": "write dtype: bfloat16, at the top of the recipe",
+    "num_train_epochs": "a stage's length is max_steps", "total_epochs": "a stage's length is max_steps",
+    "train_batch_size": "see per_device_train_batch_size and steps_per_generation of a stage",
+    "report_to": "metrics go to metrics.jsonl in the run folder only",
+    "custom_reward_function": "name MODULE:FUNCTION in a stage's reward_recipe",
+    "min_pixels": PIXELS, "max_pixels": PIXELS, "bf16": "write dtype: bfloat16, at the top of the recipe",
     "reward_funcs": "name rewards in a stage's reward_recipe; functions are passed in Python: Trainer(reward_funcs=…)",
 }  # fmt: skip
 
@@ -41,6 +46,12 @@ class EvalConfig(Strict):
     tools: Tools | None = None  # after stages that have none of their own, so that all are measured alike
     limit: int | None = Field(default=None, gt=0)  # first rows of each file
     batch_size: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _tools_are_used(self):
+        if self.tools and not self.datasets:
+            raise ValueError("tools has no effect without datasets")
+        return self
 
 
 class VerifierConfig(Strict):
@@ -239,7 +250,7 @@ def _explain(error: dict, raw: dict) -> str:
 def _foreign(value: Any) -> list[str]:
     """Where another tool's setting stands inside a mapping: ["n"] of rollout: {n: 8}."""
     for name, inner in value.items() if isinstance(value, dict) else ():
-        if name in ALIASES or _foreign(inner):
+        if name in ALIASES or name in StageConfig.model_fields or name in Config.model_fields or _foreign(inner):
             return [str(name), *_foreign(inner)]
     return []
 
