@@ -31,6 +31,23 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
    its reward is above the rule's on the same responses by >= 0.05, and the safe rate is below `two_stage`'s by >= 0.05.
 9. Two-stage RL costs instruction following >= 0.05 (paper: IF-Eval 86.3 -> 74.9); with instructions in the mix nothing.
 
+What came out, written after three seeds of the arms up to `rft` (means; the other arms have not run):
+
+1. figure_step: safe rate lower by 0.35, but read at 0.89, so that it counts on two of three seeds only. role_play does
+   not. (Typographic and split count: the pilot's cold start had read less.)
+2. First half holds (+0.16), second half wrong: the safe rate stays (+0.01). Capability alone does not drift here; it
+   already is as unsafe as the cold start was made.
+3. First half holds: 0.86 on every seed. Accuracy falls by 0.03 in the mean only.
+4. Holds in the means: accuracy +0.13, safe rate +0.52, over-refusal +0.01, figure_step from 0.91 to 0.36. Not on every
+   seed: accuracy +0.08 on one, over-refusal +0.09 on another.
+5. Wrong: `mixed` is 0.02 above `two_stage` in both.
+6. Half of it. On concepts RL is no safer (0.34; 0.33 after both SFT arms) and refuses more benign requests (0.28; 0.17
+   and 0.16). Under figure_step it gives way less than `rft`: 0.36 against 0.60. On plain scenes `clean_sft` is better
+   than RL in everything, in less time, as one expects of right answers to learn from, and `rft` as good or better.
+7. Not run.
+8. Not run.
+9. -0.03 after `two_stage`, less than expected (`rft`: -0.07). With instructions in the mix: not run.
+
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
 mix, attacks, controls, thresholds. Published figures: IF-Eval 86.3 before, 74.9 after; the other result tables are not
 published in a form that these arms could stand next to. Not run: other backbones (transfer).
