@@ -134,25 +134,28 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Safe rate over accuracy through the stages, and accuracy over tokens; a point is a mean over seeds."""
-    import matplotlib
+    """Safe rate over accuracy through the stages, accuracy over tokens, certain and wrong; means over seeds."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def means(split: str, metric: str) -> dict[str, float]:
+        return {arm: mean(values.values()) for (arm, _), values in over_seeds(rows, split, metric).items()}
 
-    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    panels = (("accuracy", "safe_rate", TRAJECTORY, "-o"), ("mean_length", "accuracy", LENGTHS, "o"))
-    for side, (across, up, names, style) in zip(sides, panels, strict=True):
-        axes = [over_seeds(rows, "scenes", metric) for metric in (across, up)]
-        by_arm = [{arm: list(values.values()) for (arm, _), values in found.items()} for found in axes]
-        points = {name: [mean(arms[name]) for arms in by_arm] for name in names if all(name in a for a in by_arm)}
-        side.plot(*zip(*points.values(), strict=True), style) if points else None
-        for name, point in points.items():
-            side.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
-        side.set(xlabel=across.replace("mean_length", "tokens of a completion"), ylabel=up.replace("_", " "))
-        side.margins(0.25)
-        if across == "mean_length":
-            side.set(xlim=(0, None), ylim=(0, 1))
+    accuracy, safe, tokens = (means("scenes", metric) for metric in ("accuracy", "safe_rate", "mean_length"))
+    wrong, figure = means("search", "certain_wrong"), Figure((13, 4), layout="constrained")
+    stages, lengths, search = figure.subplots(1, 3)
+    known = [name for name in TRAJECTORY if name in accuracy and name in safe]
+    stages.plot([accuracy[name] for name in known], [safe[name] for name in known], "-", color="0.7")
+    for name in known:
+        stages.plot(accuracy[name], safe[name], "o", label=name)
+    for name in (name for name in LENGTHS if name in tokens and name in accuracy):
+        lengths.plot(tokens[name], accuracy[name], "o", label=name)
+    lengths.set(xlim=(0, 1.3 * max(tokens.values(), default=1)), ylim=(0, 1))
+    search.barh(list(wrong), list(wrong.values()))
+    search.invert_yaxis()
+    stages.set(xlabel="accuracy", ylabel="safe rate", title="held-out scenes")
+    lengths.set(xlabel="tokens of a completion", ylabel="accuracy", title="held-out scenes")
+    search.set(xlabel="share of answers certain and wrong", title="questions of search")
+    for side in (stages, lengths):
+        side.legend(fontsize=8) if side.lines else None
         side.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
