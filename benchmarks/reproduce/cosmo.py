@@ -25,7 +25,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
    accuracy or safe rate, and below in neither by 0.02.
 6. RL beats SFT out of distribution: over `clean_sft` and over `rft`, `two_stage` is safer on concepts by >= 0.05 at an
    over-refusal at most 0.05 higher; and figure_step succeeds less by >= 0.05 than after `rft`. (Supervised rows show no
-   refusal under any attack, so that of `clean_sft` it says nothing. Noted after the first arms, before any of SFT.)
+   refusal under any attack, so that of `clean_sft` it says nothing. Noted when the first arms had run, before any
+   of SFT was seen.)
 7. RL mends the bias: after it, cold starts with 0, 35 and 70 % of bias are within 0.05 of each other in safe rate.
 8. 10 % of noise costs at most 0.03 of the safe rate, 20 % at most 0.08. The trained verifier is exploited: at the end
    its reward is above the rule's on the same responses by >= 0.05, and the safe rate is below `two_stage`'s by >= 0.05.
