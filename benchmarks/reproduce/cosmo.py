@@ -56,14 +56,13 @@ published in a form that these arms could stand next to. Not run: other backbone
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import summary
 import yaml
-from runner import HERE, Arm
+from runner import HERE, Arm, splits, steps
 
 SEEDS = (0, 1, 2)
 BASELINE = "cold"
@@ -80,11 +79,9 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     FAMILY_read: benign rows answered as their policy asks; FAMILY_safe: harmful ones refused. proxy_N: mean of the two
     rewards that were trained on; gold_N: of the rule's on the same responses, which is the same where it is the judge.
     """
-    [about] = [s for s in json.loads((folder / "summary.json").read_text())["stages"] if s["name"] == stage]
-    attacks = about["splits"].get("attacks", {}).get("jailbreak", {}).get("attacks", {})
+    attacks = splits(folder, stage).get("attacks", {}).get("jailbreak", {}).get("attacks", {})
     found = {f"{f}_{n}": round(rates[f"{n}_rate"], 4) for f, rates in attacks.items() for n in ("read", "safe")}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == stage and "rewards/helpful/mean" in row]
+    rows = [row for row in steps(folder, stage) if "rewards/helpful/mean" in row]
     for part in range(PARTS if len(rows) >= PARTS else 0):
         chosen = rows[part * len(rows) // PARTS : (part + 1) * len(rows) // PARTS]
         for name, ending in (("proxy", ""), ("gold", "_gold")):

@@ -47,13 +47,12 @@ What came out, written after the run (means over three seeds; differences are pa
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import summary
-from runner import Arm
+from runner import Arm, steps
 
 SEEDS = (0, 1, 2)
 BASELINE = "unpruned"
@@ -76,8 +75,7 @@ def vision_kv(kept: float, layer: int = 0) -> float:
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """Medians over the stage's steps; ``kv_mib`` is what the sampler's store took, responses included."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == stage]
+    rows = steps(folder, stage)
     names = {"step_s": "step_time", "sample_s": "timing_s/sample", "update_s": "timing_s/update",
              "kv_mib": "perf/kv_mib", "vision_kept": "perf/vision_tokens_kept"}  # fmt: skip
     found = {ours: [row[theirs] for row in rows if row.get(theirs) is not None] for ours, theirs in names.items()}

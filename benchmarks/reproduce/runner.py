@@ -95,6 +95,11 @@ class Job:
         return (self.folder / "summary.json").is_file()
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any(self.folder.glob("checkpoint-*"))
+
+    @property
     def about(self) -> Path:
         """Where :meth:`settings` are while it runs, and after."""
         return self.runs / f"{self.name}.settings"
@@ -102,8 +107,7 @@ class Job:
     @property
     def changed(self) -> bool:
         """Whether its folder holds what other settings made."""
-        held = self.ended or any(self.folder.glob("checkpoint-*"))
-        return held and not (self.about.is_file() and self.about.read_text() == self.settings())
+        return (self.ended or self.begun) and not (self.about.is_file() and self.about.read_text() == self.settings())
 
     def settings(self) -> str:
         """What it is run with: the command, without how it goes on, its recipe or program, and those it needs."""
@@ -125,8 +129,7 @@ class Job:
         chosen = {"stages": [stage for stage in chosen if stage["name"] in arm.stages]} if arm.stages else {}
         settings = self._filled(chosen | arm.settings) | {"seed": self.seed, "output_dir": str(self.folder)}
         settings |= {"model_name_or_path": start[0]} if start else {}
-        begun = any(self.folder.glob("checkpoint-*"))
-        settings |= {"resume_from_checkpoint": True} if begun else {"overwrite_output_dir": True}
+        settings |= {"resume_from_checkpoint": True} if self.begun else {"overwrite_output_dir": True}
         flags = [part for key, value in settings.items() for part in (f"--{key}", _flag(value))]
         return [sys.executable, "-m", "cosmo_fast.train", "--config", str(HERE / arm.recipe), *flags]
 
@@ -164,6 +167,18 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writeheader()
             writer.writerows(kept)
         os.replace(part, path)
+
+
+def steps(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """What a run's metrics.jsonl says of a stage, a step each."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["stage"] == stage]
+
+
+def splits(folder: Path, stage: str) -> dict[str, dict[str, Any]]:
+    """The evaluation after a run's stage."""
+    stages = json.loads((folder / "summary.json").read_text())["stages"]
+    return next(about["splits"] for about in stages if about["name"] == stage)
 
 
 def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
@@ -219,23 +234,19 @@ def run(jobs: list[Job], results: Path, at_once: int) -> list[str]:
     running: dict[Future[bool], Job] = {}
     ended: dict[str, bool] = {}
     with ThreadPoolExecutor(at_once) as pool:
-        try:
-            while waiting or running:
-                for job in list(waiting):
-                    needed = [f"{arm}-{job.seed}" for arm in job.arm.after]
-                    if failed := [name for name in needed if ended.get(name) is False]:
-                        print(f"{job.name}: not run, {failed[0]} failed", flush=True)
-                        ended[job.name] = False
-                    elif len(running) < at_once and all(name in ended for name in names.intersection(needed)):
-                        running[pool.submit(_one, job, results)] = job
-                    else:
-                        continue
-                    waiting.remove(job)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    ended[running.pop(future).name] = future.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while waiting or running:
+            for job in list(waiting):
+                needed = [f"{arm}-{job.seed}" for arm in job.arm.after]
+                if failed := [name for name in needed if ended.get(name) is False]:
+                    print(f"{job.name}: not run, {failed[0]} failed", flush=True)
+                    ended[job.name] = False
+                elif len(running) < at_once and all(name in ended for name in names.intersection(needed)):
+                    running[pool.submit(_one, job, results)] = job
+                else:
+                    continue
+                waiting.remove(job)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                ended[running.pop(future).name] = future.result()
     return [name for name, well in ended.items() if not well]
 
 
@@ -249,16 +260,15 @@ def _one(job: Job, results: Path) -> bool:
             print(f"{job.name}: FAILED, its settings are not those it began with: remove {job.folder}", flush=True)
             return False
         made_by = job.runs / f"{job.name}.commit"
-        begun = made_by.read_text() if made_by.is_file() and any(job.folder.glob("checkpoint-*")) else ""
+        earlier = made_by.read_text().split(", ") if made_by.is_file() and job.begun else []
         if not job.ended:  # else it was stopped before its rows were filed
             print(f"{job.name}: begins", flush=True)
             job.about.write_text(job.settings())
-            made_by.write_text(", ".join(dict.fromkeys([*filter(None, begun.split(", ")), _commit()])))
-            environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+            made_by.write_text(", ".join(dict.fromkeys([*earlier, _commit()])))
             with log.open("a") as file:
-                command, environment = job.command(), os.environ | environment
-                held = (lock.fileno(),)  # the lock lives as long as the run, should this runner be killed
-                status = subprocess.call(command, env=environment, cwd=ROOT, stdout=file, stderr=file, pass_fds=held)
+                told = {"env": environment(), "cwd": ROOT, "stdout": file, "stderr": file}
+                # the lock lives as long as the run, should this runner be killed
+                status = subprocess.call(job.command(), **told, pass_fds=(lock.fileno(),))
             if status:
                 lines = log.read_text(errors="replace").splitlines()[-TAIL:]
                 print("\n".join([f"{job.name}: FAILED ({status}), the end of {log}:", *lines]), flush=True)
@@ -270,6 +280,11 @@ def _one(job: Job, results: Path) -> bool:
             return False
     print(f"{job.name}: filed after {time.monotonic() - began:.0f} s", flush=True)
     return True
+
+
+def environment() -> dict[str, str]:
+    """Of a process that trains or measures: one thread, this checkout."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
 
 def _commit() -> str:

@@ -57,12 +57,11 @@ that of CANON, its group's later work. The papers' figures, for 7B to 72B models
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runner import Arm
+from runner import Arm, splits, steps
 from summary import cells, markdown, over_seeds, source, spread
 
 SEEDS = (0, 1, 2)
@@ -74,14 +73,12 @@ LAST = 10  # steps at a stage's end over which λ and reliability are means
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """What search and confidence come to: on the rows of search, and at the end of the stage's training."""
-    [about] = [s for s in json.loads((folder / "summary.json").read_text())["stages"] if s["name"] == stage]
-    found, more = about["splits"]["search"], {}
+    found, more = splits(folder, stage)["search"], {}
     wrong = (found["false_certain_rate"] or 0.0) * found["false_certain_rate_n"]
     more["certain_wrong"] = round(wrong / found["accuracy_n"], 4)
     more["stated"] = round(found["false_certain_rate_n"] / found["accuracy_n"], 4)
     more["search_calls"] = round(found["tools/search_calls"], 4)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["stage"] == stage][-LAST:]
+    last = steps(folder, stage)[-LAST:]
     for ours, theirs in {"lambda": "constraints/reliability/lambda", "reliability": "rewards/reliability/mean"}.items():
         if values := [row[theirs] for row in last if theirs in row]:
             more[ours] = round(mean(values), 4)
@@ -156,6 +153,6 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     lengths.set(xlabel="tokens of a completion", ylabel="accuracy", title="held-out scenes")
     search.set(xlabel="share of answers certain and wrong", title="questions of search")
     for side in (stages, lengths):
-        side.legend(fontsize=8) if side.lines else None
+        side.legend(fontsize=8) if side.get_legend_handles_labels()[0] else None
         side.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -36,13 +36,12 @@ the rows and all numbers of the setting are ours.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import summary
-from runner import Arm
+from runner import Arm, steps
 
 SEEDS = (0, 1, 2)
 BASELINE = "cpgd"
@@ -66,8 +65,7 @@ LOSSES = {  # arm: its settings and the paper's ratio to the base model
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """Rewards of ten equal parts of the stage's rollouts, the last part's means, the largest norm of a gradient."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    rows = [row for row in lines if row["stage"] == stage]
+    rows = steps(folder, stage)
     rollouts = [row for row in rows if "reward" in row]  # the first of a rollout's steps
     if len(rollouts) < PARTS:
         return {}

@@ -30,7 +30,6 @@ notes and prompts are not published. Hypotheses, written before the run (each ca
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import summary
-from runner import ROOT, Arm
+from runner import Arm, environment
 
 SEEDS = (0, 1, 2)
 BASELINE = "sft"
@@ -56,8 +55,7 @@ PAPER = """| the paper's, 7B | MathVista | MMMU | EMMA | AI2D | Creation-MMBench
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """:func:`quality` of the run's final model, in a process of its own: the runner loads no torch."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    return json.loads(subprocess.check_output([sys.executable, __file__, str(folder)], env=environment))
+    return json.loads(subprocess.check_output([sys.executable, __file__, str(folder)], env=environment()))
 
 
 def _arm(name: str, start: str | None = None, more: dict[str, Any] | None = None, **settings: Any) -> Arm:
