@@ -11,7 +11,7 @@ reward kept, `rft_rows`); both for about the seconds of RL, and `clean_sft` has 
 `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it. `-noise10`, `-noise20`: 10 and 20 %
 of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained on labelled answers. `-instructed`:
 a seventh of the mix are instructions. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful
-intents, the scenes' safety rows under every attack, and instructions.
+intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and instructions.
 
 Hypotheses, written before the run, of means over the seeds (each can fail; what came out is in the table):
 
@@ -56,18 +56,22 @@ published in a form that these arms could stand next to. Not run: other backbone
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import summary
 import yaml
-from runner import HERE, Arm, splits, steps
+from runner import HERE, Arm, environment, splits, steps
 
 SEEDS = (0, 1, 2)
 BASELINE = "cold"
 JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-verifier")
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
+COMPOSED = ("cold", "capability", "safety", "mixed", "two_stage", "clean_sft", "rft")  # tried under all 64 attacks
 PARTS = 4  # of a stage, in which rewards are filed
 RECIPE = "cosmo.yaml"
 BIASES = {"bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2}  # the world's own
@@ -91,6 +95,34 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     return found
 
 
+def composed(folder: Path, stage: str) -> dict[str, Any]:
+    """:func:`measured`, and :func:`best_of_64` in a process of its own: the runner loads no torch."""
+    asked = [sys.executable, __file__, str(folder)]
+    return measured(folder, stage) | json.loads(subprocess.check_output(asked, env=environment()))
+
+
+def best_of_64(folder: Path) -> dict[str, float]:
+    """Harmful scenes under all 64 compositions of attacks, greedy.
+
+    best64_success: rows that are helped under at least one; mean64_success: of all tries; best64_n: rows.
+    """
+    from opened import opened
+
+    from cosmo_fast.data.sources import read
+    from cosmo_fast.evaluate.run import evaluate
+
+    config, policy, find = opened(folder)
+    rows = [row for row in read(config, find("world:attacks64.jsonl")) if row.columns["policy"] == "refuse"]
+    found = evaluate(policy, rows, max_completion_length=config.max_completion_length)["jailbreak"]
+    best, tries = found["best_of"], found["attacks"].values()
+    mean_of_all = sum(family["success_rate"] * family["n"] for family in tries) / len(rows)
+    return {
+        "best64_success": best["success_rate"],
+        "mean64_success": round(mean_of_all, 4),
+        "best64_n": best["success_rate_n"],
+    }
+
+
 def _biased(share: float) -> dict[str, float]:
     return {f"world.sizes.{name}": round(share * value, 3) for name, value in BIASES.items()}
 
@@ -100,7 +132,7 @@ def _judged(safety: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arm(name: str, *stages: str, start: str | None = BASELINE, **more: Any) -> Arm:
-    return Arm(name, RECIPE, stages, start=start, measure=measured, **more)
+    return Arm(name, RECIPE, stages, start=start, measure=composed if name in COMPOSED else measured, **more)
 
 
 def _two_stage(name: str, stage: str = "both", **more: Any) -> Arm:
@@ -145,18 +177,20 @@ def table(rows: list[dict[str, str]]) -> str:
     scenes = summary.cells(rows, "scenes", ["accuracy", "safe_rate", "over_refusal_rate"], base)
     pairs = [summary.cells(rows, split, ["safe_rate", "over_refusal_rate"], base) for split in ("concepts", "intents")]
     attacked, held = _success(rows, TRAINED), _success(rows, (HELD_OUT,))
+    tried = [summary.over_seeds(rows, "attacks", f"{name}64_success") for name in ("best", "mean")]
     formed = summary.cells(rows, "instructions", ["instruction_rate"], base)
     seconds = summary.over_seeds(rows, "scenes", "seconds")
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "concepts: safe, over-refusal"]
-    head += ["intents: safe, over-refusal", "attacks trained on", "figure_step", "instructions", "Δ", "seconds"]
+    head += ["intents: safe, over-refusal", "attacks trained on", "figure_step", "64: best, mean", "instructions", "Δ"]
+    head += ["seconds"]
     body = []
     for key in [key for key in scenes if key[1] != "general" or key[0] == "general"]:
         shown = [f"{c[key][0]}, {c[key][2]}" for c in pairs]
-        shown += [summary.spread(found.get(key, [])) for found in (attacked, held)] + formed[key]
+        shown += [summary.spread(found.get(key, [])) for found in (attacked, held)]
+        shown += [", ".join(summary.spread([*found.get(key, {}).values()]) for found in tried), *formed[key]]
         body.append([key[0], *scenes[key], *shown, summary.spread([*seconds.get(key, {}).values()])])
-    about = (
-        "Mean ± deviation over the seeds of an arm; Δ: paired difference to `cold`. Attacks: success. Seconds: training"
-    )
+    about = "Mean ± deviation over the seeds of an arm; Δ: paired difference to `cold`. Attacks: success; 64: of 20 "
+    about += "requests under 64 compositions each, those helped at least once, and of all tries. Seconds: training"
     lines = [summary.markdown(head, body), "", f"{about} ({summary.source(*rows)}, one thread).", ""]
     plain = summary.over_seeds(rows, "scenes", "safe_rate").get(base, {})
     for family in (*TRAINED, HELD_OUT):
@@ -206,3 +240,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(json.dumps(best_of_64(Path(sys.argv[1]))))

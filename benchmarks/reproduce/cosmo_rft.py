@@ -12,14 +12,12 @@ import shutil
 import time
 from pathlib import Path
 
+from opened import opened
+
 from cosmo_fast.checkpoint import replace_text
-from cosmo_fast.config import load_config
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import load_rows
-from cosmo_fast.data.sources import world_resolver
-from cosmo_fast.distributed import Ranks
 from cosmo_fast.doctor import environment
-from cosmo_fast.models import load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rollout import Sampler, SamplingParams
@@ -36,15 +34,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first rows of each file")
     options = parser.parse_args()
     began, out = time.perf_counter(), options.output_dir
-    config = load_config(str(options.run / "config.yaml"))
-    resolve = world_resolver(config, Ranks(None))
-    policy = load_policy(options.run.absolute(), device=config.device)
-    policy.freeze_vision_tower(True)
+    config, policy, find = opened(options.run)
     encoder, sampler = Encoder(policy), Sampler(policy, Vision(policy))
     params, mix, tried, kept = SamplingParams(config.max_completion_length), RewardMix(), 0, 0
     (out / "images").mkdir(parents=True, exist_ok=True)
     for file in ("rl.jsonl", "rl_safety.jsonl", "rl_attacks.jsonl"):
-        path = Path(resolve(f"world:{file}"))
+        path = Path(find(f"world:{file}"))
         prompts = [encoder.prompt(row) for row in load_rows(path)][: options.limit]
         groups = sampler.generate(prompts, params, num_generations=EACH, seed=options.seed)
         said = policy.tokenizer.batch_decode([c.ids for group in groups for c in group], skip_special_tokens=True)

@@ -12,17 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from opened import opened
 from PIL import Image
 from prune import KEEPS, SWEPT, name, vision_kv
 
 from cosmo_fast.checkpoint import replace_text
-from cosmo_fast.config import load_config
 from cosmo_fast.data.rows import Row
-from cosmo_fast.data.sources import read, world_resolver
-from cosmo_fast.distributed import Ranks
+from cosmo_fast.data.sources import read
 from cosmo_fast.doctor import environment
 from cosmo_fast.evaluate.run import complete, evaluate
-from cosmo_fast.models import Policy, load_policy
+from cosmo_fast.models import Policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.pruning import VisionPrune
 from cosmo_fast.rollout import SamplingParams
@@ -54,12 +53,9 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
-    config = load_config(str(options.run / "config.yaml"))
-    resolve = world_resolver(config, Ranks(None))
-    splits = {split: read(config, resolve(path)) for split, path in config.eval.datasets.items()}
-    policy = load_policy(options.run.absolute(), device=config.device)
-    policy.freeze_vision_tower(True)  # features are kept from one setting to the next
-    shared = {"max_completion_length": config.max_completion_length, "vision": Vision(policy)}
+    config, policy, find = opened(options.run)
+    splits = {split: read(config, find(path)) for split, path in config.eval.datasets.items()}
+    shared = {"max_completion_length": config.max_completion_length, "vision": Vision(policy)}  # features are kept
     swept = [(selector, keep, layer) for keep in KEEPS for selector, layer in (*SWEPT, ("frame_difference", 0))]
     stages = []
     for selector, keep, layer in [("all", 1.0, 0), *swept]:

@@ -83,20 +83,17 @@ ARMS = [
 
 def quality(folder: Path) -> dict[str, float]:
     """Held-out means of the rewards, accuracy on many objects, and responses whose beginning is given, greedy."""
-    from cosmo_fast.config import load_config
+    from opened import opened
+
     from cosmo_fast.data.encode import Encoder
-    from cosmo_fast.data.sources import read, world_resolver
-    from cosmo_fast.distributed import Ranks
+    from cosmo_fast.data.sources import read
     from cosmo_fast.evaluate.metrics import score
-    from cosmo_fast.models import load_policy
     from cosmo_fast.models.vision import Vision
     from cosmo_fast.rewards.mix import REWARDS
     from cosmo_fast.rollout import Sampler, SamplingParams
 
-    config = load_config(str(folder / "config.yaml"))
-    splits, resolve = config.eval.datasets, world_resolver(config, Ranks(None))
-    scenes, swapped = (read(config, resolve(config.data_path(splits[n]))) for n in ("scenes", "followed_description"))
-    policy = load_policy(folder.absolute(), device=config.device)
+    config, policy, find = opened(folder)
+    scenes, swapped = (read(config, find(config.eval.datasets[n])) for n in ("scenes", "followed_description"))
     encoder, sampler, encode = Encoder(policy), Sampler(policy, Vision(policy)), policy.tokenizer
     params = SamplingParams(config.max_completion_length, temperature=0)
 
