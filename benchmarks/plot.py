@@ -15,12 +15,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks" / "reproduce"))
 
 import runner  # noqa: E402
-from summary import markdown, source  # noqa: E402
+from summary import markdown, over_seeds, source  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
@@ -270,7 +271,26 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         if (results / name).exists():
             with (results / name).open(newline="") as file:
                 made[mark] = table(list(csv.DictReader(file)))
+    made["reproduce"] = headlines(results)
     return {mark: text for mark, text in made.items() if text}
+
+
+def headlines(results: Path) -> str:
+    """A line a reproduction: what its module's HEADLINE names, from the one arm to the other, means over the seeds."""
+    lines = []
+    for name in runner.tables():
+        module, rows = importlib.import_module(name), runner.read(results / "reproduce" / f"{name}.csv")
+        arms, shown = getattr(module, "HEADLINE", ((), {}))
+        if not arms or not {row["arm"] for row in rows}.issuperset(arms):
+            continue
+        told, seeds = [], {row["seed"] for row in rows if row["arm"] == arms[-1]}
+        for label, where in shown.items():
+            found = {arm: values for (arm, _), values in over_seeds(rows, *where).items()}  # the last stage of an arm
+            told.append(f"{label} {' → '.join(f'{mean(found[arm].values()):.2f}'.lstrip('0') for arm in arms)}")
+        title = module.__doc__.splitlines()[0].removeprefix("# ").partition(":")[0]
+        where = f"[{title}](benchmarks/results/reproduce/{name}.md), {' → '.join(f'`{arm}`' for arm in arms)}"
+        lines.append(f"- {where}, {len(seeds)} seeds: {', '.join(told)}.")
+    return "\n".join(lines)
 
 
 def reproductions(results: Path = RESULTS, *, draw: bool = False) -> dict[Path, str]:

@@ -69,6 +69,15 @@ from runner import HERE, Arm, environment, splits, steps
 
 SEEDS = (0, 1, 2)
 BASELINE = "cold"
+HEADLINE = (
+    ("cold", "two_stage"),
+    {
+        "accuracy": ("scenes", "accuracy"),
+        "safe rate": ("scenes", "safe_rate"),
+        "over-refusal": ("scenes", "over_refusal_rate"),
+        "success of the attack never trained on": ("attacks", "figure_step_success"),
+    },
+)
 JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-verifier")
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
 COMPOSED = ("cold", "capability", "safety", "mixed", "two_stage", "clean_sft", "rft")  # tried under all 64 attacks

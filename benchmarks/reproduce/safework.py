@@ -1,4 +1,4 @@
-"""# The four stages of SafeWork-R1, safety beside capability
+"""# SafeWork-R1: its four stages, safety beside capability
 
 `make reproduce-safework` runs this table on the embedded world, with its knowledge, advice and search rows; rewards are
 the world's judge. Each arm is a stage and starts from the one before: `cot_sft`, a cold start on reasoned answers with
@@ -66,6 +66,15 @@ from summary import cells, markdown, over_seeds, source, spread
 
 SEEDS = (0, 1, 2)
 BASELINE = "cot_sft"
+HEADLINE = (
+    ("cot_sft", "m3_all", "deliberative"),
+    {
+        "accuracy": ("scenes", "accuracy"),
+        "safe rate": ("scenes", "safe_rate"),
+        "over-refusal": ("scenes", "over_refusal_rate"),
+        "certain and wrong about searched facts": ("search", "certain_wrong"),
+    },
+)
 TRAJECTORY = ("cot_sft", "m3_capability", "m3_all", "efficient", "search_sft", "deliberative")
 LENGTHS = ("m3_all", "grpo_same", "efficient", "efficient_a80")
 LAST = 10  # steps at a stage's end over which λ and reliability are means

@@ -42,6 +42,14 @@ from runner import Arm, environment
 
 SEEDS = (0, 1, 2)
 BASELINE = "sft"
+HEADLINE = (
+    ("sft", "full"),
+    {
+        "accuracy": ("scenes", "accuracy"),
+        "on three objects and more": ("scenes", "many_accuracy"),
+        "objects that the description names": ("scenes", "visual_key"),
+    },
+)
 PAPER = """| the paper's, 7B | MathVista | MMMU | EMMA | AI2D | Creation-MMBench | its text part |
 |---|---|---|---|---|---|---|
 | base | 66.4 | 48.4 | 28.0 | 77.2 | 43.1 | 45.0 |
