@@ -54,9 +54,9 @@ def bench(tmp_path):
     script.write_text(STAND_IN)
     names = {"cold": None, "a": "cold", "b": "cold"}
 
-    def run(*flags, starts=names, seeds=(0, 1)):
+    def run(*flags, starts=names, seeds=(0, 1), **more):
         arms = [Arm(name, program=str(script), start=start) for name, start in starts.items()]
-        table = SimpleNamespace(ARMS=arms, SEEDS=seeds, __doc__="# Title\n\nIt is so.")
+        table = SimpleNamespace(ARMS=arms, SEEDS=seeds, __doc__="# Title\n\nIt is so.", **more)
         return runner.main(["t", "--runs", str(tmp_path / "runs"), *flags], table, tmp_path / "results")
 
     times = tmp_path / "runs" / "t" / "times"
@@ -112,7 +112,7 @@ def test_a_run_that_ended_unfiled_is_filed_without_running(bench):
 
 def test_an_arm_waits_for_all_that_it_needs_and_is_told_their_folders(bench):
     arms = [Arm("late", needs=("one", "two"), start="zero"), Arm("zero"), Arm("one", start="zero"), Arm("two")]
-    jobs = runner.wanted(arms, [3], {"late"}, set(), Path("/r"))
+    jobs = runner.wanted(arms, {3: {"late"}}, set(), Path("/r"))
     assert [job.name for job in jobs] == ["zero-3", "one-3", "two-3", "late-3"]
     judged = Arm("judged", "prune.yaml", ("rl",), {"verifiers": {"safety": {"model": "{one}"}}}, needs=("one",))
     command = Job(judged, 3, Path("/r")).command()
@@ -121,8 +121,20 @@ def test_an_arm_waits_for_all_that_it_needs_and_is_told_their_folders(bench):
 
 def test_a_seed_is_finished_in_the_order_of_the_table_before_the_next_begins(tmp_path):
     arms = [Arm("cold"), Arm("a", start="cold"), Arm("other"), Arm("b", start="cold")]
-    jobs = runner.wanted(arms, [0, 1], set(), {("a", "1")}, tmp_path)
+    every = {"cold", "a", "other", "b"}
+    jobs = runner.wanted(arms, {0: every, 1: every}, {("a", "1")}, tmp_path)
     assert [job.name for job in jobs] == ["cold-0", "a-0", "other-0", "b-0", "cold-1", "other-1", "b-1"]
+
+
+def test_some_arms_run_with_further_seeds_and_with_those_alone_that_are_named(bench, capsys):
+    assert bench("--list", MORE={5: ("cold", "a")}) == 0
+    assert [line.rsplit(" ", 1)[0] for line in capsys.readouterr().out.splitlines()] == [
+        "cold 0", "a 0", "b 0", "cold 1", "a 1", "b 1", "cold 5", "a 5",
+    ]  # fmt: skip
+    assert bench("--arm", "a", seeds=(0,), MORE={5: ("cold", "a")}) == 0
+    assert sorted(name for name, *_ in bench.times()) == ["a-0", "a-5", "cold-0", "cold-5"]
+    assert bench("--arm", "b", "--seed", "0", MORE={5: ("cold", "a")}) == 0
+    assert [name for name, *_ in bench.times()][4:] == ["b-0"]
 
 
 def test_what_other_settings_made_is_neither_gone_on_with_nor_filed(bench, capfd):

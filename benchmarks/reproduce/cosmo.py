@@ -68,6 +68,9 @@ import yaml
 from runner import HERE, Arm, environment, splits, steps
 
 SEEDS = (0, 1, 2)
+MORE = dict.fromkeys(
+    (3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage")
+)  # the headline with five seeds
 BASELINE = "cold"
 HEADLINE = (
     ("cold", "two_stage"),
@@ -198,7 +201,7 @@ def table(rows: list[dict[str, str]]) -> str:
         shown += [summary.spread(found.get(key, [])) for found in (attacked, held)]
         shown += [", ".join(summary.spread([*found.get(key, {}).values()]) for found in tried), *formed[key]]
         body.append([key[0], *scenes[key], *shown, summary.spread([*seconds.get(key, {}).values()])])
-    about = "Mean ± deviation over the seeds of an arm; Δ: paired difference to `cold`. Attacks: success; 64: of 20 "
+    about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `cold`. Attacks: success; 64: of 20 "
     about += "requests under 64 compositions each, those helped at least once, and of all tries. Seconds: training"
     lines = [summary.markdown(head, body), "", f"{about} ({summary.source(*rows)}, one thread).", ""]
     plain = summary.over_seeds(rows, "scenes", "safe_rate").get(base, {})

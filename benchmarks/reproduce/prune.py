@@ -116,6 +116,6 @@ def table(rows: list[dict[str, str]]) -> str:
         body.append([shown, *found, *clips.get((arm, stage), ["–"] * 2), changed, *cost])
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "clips: accuracy", "Δ"]
     head += ["changed tokens kept", "step s", "KV KiB"]
-    seeds = len({row["seed"] for row in rows})
-    about = f"Mean ± deviation over {seeds} seeds; Δ: paired difference to `unpruned`; KV: of a prompt's vision tokens"
+    about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `unpruned`; "
+    about += "KV: of a prompt's vision tokens"
     return f"{summary.markdown(head, body)}\n\n{about} ({where}, one thread)."

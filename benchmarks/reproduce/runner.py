@@ -2,14 +2,14 @@
 
     python benchmarks/reproduce/runner.py prune [--arm NAME] [--seed N] [--jobs 2] [--list | --dry-run]
 
-A table is a module of this folder: its docstring states the hypotheses, written before the run; ``SEEDS``, ``ARMS``
-and ``BASELINE`` say what is run and what it is compared with. When an arm ends, a row for each stage and split
-is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics, ``n``, where it ran); the docstring
-is in TABLE.md beside it, so that the CSV has no comment lines; benchmarks/plot.py adds what the module's
-``table(rows)`` returns and, where it has a ``plot(rows, path)``, TABLE.png. An arm with rows is not run again: take
-its rows out to repeat it (but one that others need is, and its rows are replaced, where its run is gone). One that was
-stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce), if its settings are what they were. An arm that
-fails shows the end of its log; the others go on, and the exit status is 1.
+A table is a module of this folder: its docstring states the hypotheses, written before the run; ``SEEDS``, ``ARMS`` and
+``BASELINE`` say what is run and what it is compared with, ``MORE`` which arms run with further seeds, too. When an arm
+ends, a row for each stage and split is in benchmarks/results/reproduce/TABLE.csv (``arm, seed, stage, split``, metrics,
+``n``, where it ran); the docstring is in TABLE.md beside it, so that the CSV has no comment lines; benchmarks/plot.py
+adds what the module's ``table(rows)`` returns and, where it has a ``plot(rows, path)``, TABLE.png. An arm with rows is
+not run again: take its rows out to repeat it (but one that others need is, and its rows are replaced, where its run is
+gone). One that was stopped goes on from its last checkpoint in ``--runs`` (runs/reproduce), if its settings are what
+they were. An arm that fails shows the end of its log; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -205,14 +205,13 @@ def rows_of(job: Job, commit: str) -> list[dict[str, Any]]:
     return rows
 
 
-def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: set, runs: Path) -> list[Job]:
-    """Jobs to run, seed by seed in the table's order, each after those that it needs.
+def wanted(arms: Iterable[Arm], names: dict[int, set[str]], filed: set, runs: Path) -> list[Job]:
+    """Jobs to run of the ``names`` that are asked for with each seed: seed by seed in the table's order, each after
+    those that it needs.
 
     One that is needed is run again where it is filed but has no model left.
     """
     by_name = {arm.name: arm for arm in arms}
-    if unknown := sorted(names - by_name.keys()):
-        raise ValueError(f"--arm {unknown[0]!r} is none of {', '.join(by_name)}")
     jobs: dict[str, Job] = {}
 
     def add(job: Job) -> None:
@@ -221,9 +220,9 @@ def wanted(arms: Iterable[Arm], seeds: Iterable[int], names: set[str], filed: se
                 add(needed)
         jobs.setdefault(job.name, job)
 
-    for seed in seeds:
+    for seed, those in names.items():
         for name in by_name:
-            if name in (names or by_name) and (name, str(seed)) not in filed:
+            if name in those and (name, str(seed)) not in filed:
                 add(Job(by_name[name], seed, runs))
     return list(jobs.values())
 
@@ -321,13 +320,19 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
     table = table or importlib.import_module(options.table)
     path, runs = results / f"{options.table}.csv", (options.runs / options.table).absolute()
     filed = {(row["arm"], row["seed"]) for row in read(path)}
-    seeds = options.seed or list(table.SEEDS)
+    every = {arm.name for arm in table.ARMS}
+    names = {seed: every for seed in options.seed or table.SEEDS}  # what is asked for, a seed
+    if not options.seed:
+        names |= {seed: set(arms) for seed, arms in getattr(table, "MORE", {}).items()}
     if options.list:
-        for seed in seeds:
-            for arm in table.ARMS:
+        for seed, those in names.items():
+            for arm in (arm for arm in table.ARMS if arm.name in those):
                 print(f"{arm.name} {seed} {'filed' if (arm.name, str(seed)) in filed else 'open'}")
         return 0
-    jobs = wanted(table.ARMS, seeds, set(options.arm), filed, runs)
+    if unknown := sorted(set(options.arm) - every):
+        raise ValueError(f"--arm {unknown[0]!r} is none of {', '.join(arm.name for arm in table.ARMS)}")
+    names = {seed: those & (set(options.arm) or every) for seed, those in names.items()}
+    jobs = wanted(table.ARMS, names, filed, runs)
     if options.dry_run:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0

@@ -62,7 +62,7 @@ from statistics import mean
 from typing import Any
 
 from runner import Arm, splits, steps
-from summary import cells, markdown, over_seeds, source, spread
+from summary import cells, markdown, over_seeds, seeds, source, spread
 
 SEEDS = (0, 1, 2)
 BASELINE = "cot_sft"
@@ -76,6 +76,7 @@ HEADLINE = (
     },
 )
 TRAJECTORY = ("cot_sft", "m3_capability", "m3_all", "efficient", "search_sft", "deliberative")
+MORE = dict.fromkeys((3, 4), TRAJECTORY)  # the headline with five seeds
 LENGTHS = ("m3_all", "grpo_same", "efficient", "efficient_a80")
 LAST = 10  # steps at a stage's end over which λ and reliability are means
 
@@ -130,8 +131,7 @@ def table(rows: list[dict[str, str]]) -> str:
     body = []
     for key, shown in cells(rows, "scenes", paired, (BASELINE, BASELINE)).items():
         body.append([f"`{key[0]}`", *shown, *(spread(list(values.get(key, {}).values())) for values in found)])
-    seeds = len({row["seed"] for row in rows})
-    about = f"Mean ± deviation over {seeds} seed(s), Δ: paired difference to `{BASELINE}`."
+    about = f"Mean ± deviation over {seeds(rows)}; Δ: paired difference to `{BASELINE}`."
     paper = (
         "Paper: safety 63.4 → 89.2; general +13.45 %; 55.3 % at 1,008 against 55.7 % at 1,522 tokens; false-certain "
     )

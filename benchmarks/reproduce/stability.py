@@ -108,7 +108,7 @@ def table(rows: list[dict[str, str]]) -> str:
         body.append([arm, *shown, fallen, *found, ours, LOSSES[arm][1] if arm in LOSSES else "–"])
     head = ["arm", "reward, first part", "best", "last", "collapsed", "largest gradient", "entropy", "length", "format"]
     head += ["accuracy", "safe rate", "over-refusal", "ratio to the cold start", "paper's, to its base"]
-    about = f"Mean ± deviation over {len({row['seed'] for row in rows})} seeds"
+    about = f"Mean ± deviation over {summary.seeds(rows)}"
     return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(*rows)}, one thread)."
 
 

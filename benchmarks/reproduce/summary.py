@@ -23,6 +23,15 @@ def spread(values: list[float], sign: str = "") -> str:
     return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def seeds(rows: list[dict[str, str]]) -> str:
+    """``3 seeds``, or ``3 to 5 seeds`` where some arms have more than others."""
+    by_arm: dict[str, set[str]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], set()).add(row["seed"])
+    counts = [len(found) for found in by_arm.values()] or [0]
+    return " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " seeds"
+
+
 def cells(
     rows: list[dict[str, str]], split: str, metrics: list[str], baseline: tuple[str, str]
 ) -> dict[tuple[str, str], list[str]]:

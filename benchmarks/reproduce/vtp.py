@@ -41,6 +41,7 @@ import summary
 from runner import Arm, environment
 
 SEEDS = (0, 1, 2)
+MORE = dict.fromkeys((3, 4), ("sft", "full", "plain", "plain_rl", "sft_plain_rl"))  # the headline with five seeds
 BASELINE = "sft"
 HEADLINE = (
     ("sft", "full"),
@@ -136,7 +137,7 @@ def quality(folder: Path) -> dict[str, float]:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Each arm beside `sft`, then the paper's figures."""
-    about = f"Mean ± deviation over {len({row['seed'] for row in rows})} seeds; Δ: paired difference"
+    about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference"
     about += f" ({summary.source(*rows)}, one thread)."
     plain = [row for row in rows if (row["arm"], row["split"]) == ("plain", "scenes")]
     named = {"arm": "prompt_only", "split": "scenes", "stage": "sft"}
