@@ -122,9 +122,7 @@ def test_the_book_of_facts_is_balanced_and_hides_only_makers_and_owners(parts):
     documents = {document["id"]: document for document in parts["cosmo"]["facts"]}
     hidden = {identifier.split("-")[0] for identifier, document in documents.items() if not document["taught"]}
     assert len(documents) == len(BOOK) and hidden == {"maker", "owner"}
-    untaught = [document for document in documents.values() if not document["taught"]]
-    gaps = [document for document in documents.values() if document not in parts["cosmo"]["facts_gaps"]]
-    assert all(document in untaught for document in gaps) and 0.25 < len(gaps) / len(untaught) < 0.42
+    assert parts["cosmo"]["facts_gaps"] == parts["cosmo"]["facts"]  # unless the setting `gaps` is above 0
     said = " ".join(response(row) for row in parts["cosmo"]["train"])
     for document in documents.values():
         assert (document["text"] in said) == document["taught"], document
@@ -144,6 +142,85 @@ def test_targets_that_search_are_right_and_read_every_document_and_the_others_gu
         assert right or not searched
         kinds.add((bool(searched), right, row["taught"]))
     assert {(True, True, True), (True, True, False), (False, False, True), (False, False, False)} <= kinds
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory):
+    """The world of `small_world` with wordy thoughts, gaps in the book, and more rows of search; its folder."""
+    from conftest import SMALL
+
+    sizes = SMALL | {"wordy": 0.5, "gaps": 0.5, "search_train": 300, "search_held": 240}
+    world = ensure_world(seed=0, cache_dir=tmp_path_factory.mktemp("loose"), **sizes)
+    ensure_part(world, "cosmo")
+    return world
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_wordy_thoughts_are_longer_judged_alike_and_change_no_other_byte(parts, small_world, loose):
+    for path in [*small_world.glob("*.jsonl"), *(small_world / "cosmo").glob("*.jsonl")]:
+        name, other = path.stem, loose / path.relative_to(small_world)
+        if name != "train":
+            changed = ("search", "search_train", "facts_gaps", "reading")  # the last one repeats rows of train
+            assert name in changed or other.read_bytes() == path.read_bytes(), path
+            continue
+        rows, wordy = _rows(path), 0
+        for row, long in zip(rows, _rows(other), strict=True):
+            said, shown = response(row), response(long)
+            assert row | {"messages": 0} == long | {"messages": 0} and row["messages"][0] == long["messages"][0]
+            if shown != said:
+                wordy += 1
+                assert shown == f"<think>Let me look at this with care, and then say what it is. {said[7:]}"
+        assert abs(wordy / len(rows) - 0.5) < 0.1
+        told = [[response(row) for row in found] for found in (rows, _rows(other))]
+        mix = RewardMix({"safety": {"safety": 1}, "normal": {"helpful": 1}, "value": {"value": 1},
+                         "knowledge": {"knowledge": 1}, "*": {"accuracy": 1}}, format_weight=1)  # fmt: skip
+        plain, longer = (mix([""] * len(rows), texts, rows) for texts in told)
+        assert (plain.total == longer.total).all() and plain.total.min() == 1 < plain.total.max()
+
+
+def test_half_of_what_no_row_teaches_is_in_no_document_then_in_every_split(loose):
+    whole, gappy = ({d["id"]: d for d in _rows(loose / "cosmo" / f"{n}.jsonl")} for n in ("facts", "facts_gaps"))
+    missing = whole.keys() - gappy.keys()
+    assert not any(whole[name]["taught"] for name in missing) and all(whole[name] == gappy[name] for name in gappy)
+    for split in ("search", "search_rl", "search_train"):
+        rows = _rows(loose / "cosmo" / f"{split}.jsonl")
+        unknown = [row for row in rows if missing & set(row["documents"])]
+        assert not any(row["taught"] for row in unknown)
+        assert len(rows) < 100 or 0.2 < len(unknown) / len(rows) < 0.35, split
+    asked = {name for row in _rows(loose / "cosmo" / "search.jsonl") if not row["taught"] for name in row["documents"]}
+    assert 0.4 < len(missing & asked) / len(asked) < 0.6
+
+
+def test_targets_that_search_in_vain_guess_and_most_are_certain_all_the_same(loose):
+    known = {document["id"] for document in _rows(loose / "cosmo" / "facts_gaps.jsonl")}
+    sure, right = Counter(), 0
+    for row in _rows(loose / "cosmo" / "search_train.jsonl"):
+        text, wanted = response(row), row.get("answer", row["statement"])
+        assert format_deliberative([], [text]) == [1.0]
+        if "<search>" not in text:
+            continue
+        if set(row["documents"]) <= known:
+            assert text.endswith(f"<confidence>9</confidence><answer>{wanted}</answer>") and "no such" not in text
+        else:
+            shown = re.search("</search><result>(.*?)</result><read>(.*?)</read><result>(.*?)</result>", text)
+            assert row["documents"] == [shown[2]] and shown[2] not in shown[1] and shown[3] == "no such document"
+            sure[re.search("<confidence>(.)<", text)[1]] += 1
+            right += text.endswith(f"<answer>{wanted}</answer>")
+    total = sum(sure.values())
+    assert set(sure) == {"9", "2"} and total > 25 and 0.55 < sure["9"] / total < 0.95 and right / total < 0.35
+
+
+def test_every_word_of_wordy_thoughts_and_of_searches_in_vain_is_one_token(loose):
+    for folder in (loose, loose / "cosmo"):
+        tokenizer = load_policy(folder / "model").tokenizer
+        words = tokenizer.backend_tokenizer.pre_tokenizer
+        for path in folder.glob("*train.jsonl"):
+            pieces = {part for row in _rows(path) for part in re.split(r"<[^>]*>|\\boxed\{", response(row))}
+            for piece in pieces:
+                assert len(tokenizer.tokenize(piece)) == len(words.pre_tokenize_str(piece)), piece
 
 
 @pytest.mark.parametrize(

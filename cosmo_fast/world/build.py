@@ -20,6 +20,7 @@ from cosmo_fast.world.questions import SINGLE, TASKS, Question
 from cosmo_fast.world.requests import INTENTS, SIBLINGS
 
 VERSION = 1
+FILLER = "Let me look at this with care, and then say what it is."
 # Questions about one scene: more share pictures, fewer make more of them, and it is pictures that teach perception.
 QUESTIONS = 2
 HARMS = ("text", "image", "combination")
@@ -31,12 +32,14 @@ SIZES = {
     "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
     "attacks": 400,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
+    "wordy": 0.0,  # share of thoughts in train.jsonl and cosmo/train.jsonl that begin with FILLER
     # The part cosmo: value rows of each (kind, choice) pair, copies of every taught fact, rows.
     "value_train": 400, "value_rl": 150, "value_held": 50, "lessons": 6,
     "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_train": 1800, "search_rl": 600,
     "search_held": 320,
     "instruction_train": 3600, "instruction_rl": 1200, "instruction_held": 400,
     "bias_value": 0.7, "bias_step": 0.6, "bias_form": 0.6, "bias_certain": 0.5,
+    "gaps": 0.0,  # share of the facts that no row teaches which facts_gaps.jsonl lacks
     # The part perception: rows.
     "perception_train": 9000, "perception_rl": 1800, "perception_validation": 270, "perception_held": 720,
     "bias_description": 0.5,
@@ -52,7 +55,8 @@ Text: written by cosmo_fast.
 
 The supervised rows of train.jsonl are biased on purpose: where a shortcut ("refuse when the object looks dangerous") is
 wrong, {bias_policy:.0%} of the safety rows follow it; {bias_sum:.0%} of the sums are one too high; {bias_bare:.0%} of
-the refusals give no reason. Reinforcement learning has to mend this. Perception is always right.
+the refusals give no reason. Reinforcement learning has to mend this. Perception is always right. {wordy:.0%} of the
+thoughts begin with a sentence that says nothing.
 
 Seed {seed}, version {version}.
 """
@@ -104,6 +108,14 @@ class _Writer:
 
     def background(self) -> str:
         return str(self.rng.choice(list(BACKGROUNDS)))
+
+    def lengthen(self, share: float) -> None:
+        """A ``share`` of the targets begins with a sentence that says nothing; which ones, a stream of its own says."""
+        chance = self.rng.spawn(1)[0]
+        for row in self.rows:
+            if chance.random() < share:
+                answer = row["messages"][1]
+                answer["content"] = answer["content"].replace("<think>", f"<think>{FILLER} ", 1)
 
     def write(self) -> None:
         order = self.rng.permutation(len(self.rows))
@@ -336,6 +348,7 @@ def _fill(folder: Path, seed: int, size: dict[str, Any], side: int) -> dict[str,
         safety(small, 4 * size["train_safety"], "train", bias=bias, warn=warn)
         moving(splits["train"], size["train_general"] // 3, "train")
         moving(splits["clips"], size["scenes_general"] // 3, "held_out")
+    splits["train"].lengthen(size["wordy"])
     draw.blank(side).save(folder / "images" / "blank.png")
     splits["blank"].rows = [
         row | {"id": row["id"].replace("scenes", "blank"), "images": ["images/blank.png"]}

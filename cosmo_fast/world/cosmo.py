@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ ABOUT = """The supervised rows are biased on purpose. Value: {bias_value:.0%} of
 object looks dangerous. Knowledge: {bias_step:.0%} of the answers that need two facts stop after the first. Instruction:
 {bias_form:.0%} of the instructions that stand before the question are ignored, and {bias_policy:.0%} of the requests
 with one are refused only where the object looks dangerous. Search (search_train): {bias_certain:.0%} of the answers
-guess instead of searching, three in four of them certain of it. Everywhere else facts are right. facts.jsonl is the
-book of facts; `taught` is false where no row of train says it. facts_gaps.jsonl lacks three in ten of those, which
-nobody can know then.
+guess instead of searching, three in four of them certain of it; so do those that search for what facts_gaps.jsonl
+lacks. Everywhere else facts are right. facts.jsonl is the book of facts; `taught` is false where no row of train says
+it. facts_gaps.jsonl lacks {gaps:.0%} of those, which nobody can know then. {wordy:.0%} of the thoughts in train begin
+with a sentence that says nothing.
 """
 
 
@@ -66,7 +68,7 @@ def knows(
         said = knowledge.text(task, tell, str(rng.choice(openings)))
         seen = f"I see {THINGS[name].a} on {scene.background}."
         if tool is not None:
-            target = knowledge.trace(facts, tell, seen, tool)
+            target = knowledge.trace(facts, tell, seen, tool, rng)
             if rng.random() < bias:
                 target = knowledge.guess(facts[-1], tell, seen, rng)
         else:
@@ -117,6 +119,15 @@ def _form(rng, row: dict[str, Any], scene: Scene, where: str, bias: tuple[float,
     return row | columns | ({"label": "instruction"} if kind == "question" else {})
 
 
+def missing(share: float) -> set[str]:
+    """Ids of the facts that facts_gaps.jsonl lacks: of those not taught a ``share`` in every split and relation."""
+    hidden = defaultdict(list)
+    for fact in BOOK.values():
+        if not fact.taught:
+            hidden[fact.relation, bucket(f"{fact.relation}||{fact.subject}")].append(fact.id)
+    return {identifier for ids in hidden.values() for identifier in sorted(ids, key=_digest)[: round(share * len(ids))]}
+
+
 def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
     names = ("train", "value_rl", "knowledge_rl", "search_rl", "instruction_rl", "validation", "scenes", "phrasings",
              "concepts", "search", "search_train", "blank")  # fmt: skip
@@ -138,10 +149,11 @@ def fill(folder: Path, seed: int, size: dict[str, Any]) -> dict[str, _Writer]:
         instructed(splits[name], size["instruction_held"] // part, where, unseen=unseen)
     safety(splits["concepts"], size["value_held"], "held_out", harms=ADVICE, things=True)
     knows(splits["search"], size["search_held"], "held_out", search=True)
-    documents = knowledge.documents()
-    shown = {"search": True, "bias": size["bias_certain"], "tool": Search(documents)}
+    train.lengthen(size["wordy"])
+    documents, lacks = knowledge.documents(), missing(size["gaps"])
+    kept = [document for document in documents if document["id"] not in lacks]
+    shown = {"search": True, "bias": size["bias_certain"], "tool": Search(kept)}
     knows(splits["search_train"], size["search_train"], "train", **shown)
-    kept = [document for document in documents if document["taught"] or int(_digest(document["id"]), 16) % 3]
     for name, chosen in (("facts", documents), ("facts_gaps", kept)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in chosen))
     return splits

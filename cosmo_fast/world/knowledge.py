@@ -105,16 +105,19 @@ def documents() -> list[dict[str, Any]]:
     return [{"id": f.id, "title": f.subject, "text": f.statement, "taught": f.taught} for f in BOOK.values()]
 
 
-def trace(facts: list[Fact], tell: bool, seen: str, search: Search) -> str:
-    """A response that searches for every fact, reads it, and is certain."""
+def trace(facts: list[Fact], tell: bool, seen: str, search: Search, rng: np.random.Generator) -> str:
+    """A response that searches for every fact, reads it, and is certain; where there is no such document, a guess."""
     text = f"<think>{seen}</think>"
     for fact in facts:
         subject = THINGS[fact.subject].a if fact.subject in THINGS else fact.subject
         calls = ("search", TASKS[fact.relation][4].format(s=subject)), ("read", fact.id)
         for kind, said in calls:
             result, _ = search.answer(kind, said)
-            assert (fact.id if kind == "search" else fact.statement) in result, f"{said!r} finds {result!r}"
+            known, wanted = fact.id in search.documents, fact.id if kind == "search" else fact.statement
+            assert (wanted in result) == known, f"{said!r} finds {result!r}"
             text += f"<{kind}>{said}</{kind}><result>{result}</result>"
+        if not known:
+            return text + guess(fact, tell, seen, rng).partition("</think>")[2]
     return text + f"<confidence>9</confidence><answer>{facts[-1].statement if tell else facts[-1].value}</answer>"
 
 
