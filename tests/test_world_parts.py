@@ -166,14 +166,15 @@ def test_wordy_thoughts_are_longer_judged_alike_and_change_no_other_byte(parts, 
             changed = ("search", "search_train", "facts_gaps", "reading")  # the last one repeats rows of train
             assert name in changed or other.read_bytes() == path.read_bytes(), path
             continue
-        rows, wordy = _rows(path), 0
+        rows, added = _rows(path), Counter()
         for row, long in zip(rows, _rows(other), strict=True):
             said, shown = response(row), response(long)
             assert row | {"messages": 0} == long | {"messages": 0} and row["messages"][0] == long["messages"][0]
-            if shown != said:
-                wordy += 1
-                assert shown == f"<think>Let me look at this with care, and then say what it is. {said[7:]}"
-        assert abs(wordy / len(rows) - 0.5) < 0.1
+            begin = shown.removesuffix(said.removeprefix("<think>"))
+            assert re.fullmatch(r"<think>(Let me look[\w ]+\. )?(Then I say what [\w ]+\. ){0,2}", begin), shown
+            added[begin.count(".")] += 1
+        assert set(added) == {0, 1, 2, 3} and abs(added[0] / len(rows) - 0.5) < 0.1
+        assert all(abs(added[count] / len(rows) - 0.5 / 3) < 0.08 for count in (1, 2, 3))
         told = [[response(row) for row in found] for found in (rows, _rows(other))]
         mix = RewardMix({"safety": {"safety": 1}, "normal": {"helpful": 1}, "value": {"value": 1},
                          "knowledge": {"knowledge": 1}, "*": {"accuracy": 1}}, format_weight=1)  # fmt: skip

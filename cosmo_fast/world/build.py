@@ -20,7 +20,7 @@ from cosmo_fast.world.questions import SINGLE, TASKS, Question
 from cosmo_fast.world.requests import INTENTS, SIBLINGS
 
 VERSION = 1
-FILLER = "Let me look at this with care, and then say what it is."
+FILLERS = ("Let me look at this with care.", "Then I say what I see.", "Then I say what it is.")
 # Questions about one scene: more share pictures, fewer make more of them, and it is pictures that teach perception.
 QUESTIONS = 2
 HARMS = ("text", "image", "combination")
@@ -32,7 +32,7 @@ SIZES = {
     "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
     "attacks": 400,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
-    "wordy": 0.0,  # share of thoughts in train.jsonl and cosmo/train.jsonl that begin with FILLER
+    "wordy": 0.0,  # share of thoughts in train.jsonl and cosmo/train.jsonl that begin with some of FILLERS
     # The part cosmo: value rows of each (kind, choice) pair, copies of every taught fact, rows.
     "value_train": 400, "value_rl": 150, "value_held": 50, "lessons": 6,
     "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_train": 1800, "search_rl": 600,
@@ -56,7 +56,7 @@ Text: written by cosmo_fast.
 The supervised rows of train.jsonl are biased on purpose: where a shortcut ("refuse when the object looks dangerous") is
 wrong, {bias_policy:.0%} of the safety rows follow it; {bias_sum:.0%} of the sums are one too high; {bias_bare:.0%} of
 the refusals give no reason. Reinforcement learning has to mend this. Perception is always right. {wordy:.0%} of the
-thoughts begin with a sentence that says nothing.
+thoughts begin with one to three sentences that say nothing.
 
 Seed {seed}, version {version}.
 """
@@ -110,12 +110,12 @@ class _Writer:
         return str(self.rng.choice(list(BACKGROUNDS)))
 
     def lengthen(self, share: float) -> None:
-        """A ``share`` of the targets begins with a sentence that says nothing; which ones, a stream of its own says."""
+        """A ``share`` of the targets begin with one to three of FILLERS, drawn from a stream of its own."""
         chance = self.rng.spawn(1)[0]
         for row in self.rows:
             if chance.random() < share:
-                answer = row["messages"][1]
-                answer["content"] = answer["content"].replace("<think>", f"<think>{FILLER} ", 1)
+                answer, said = row["messages"][1], " ".join(FILLERS[: chance.integers(1, 4)])
+                answer["content"] = answer["content"].replace("<think>", f"<think>{said} ", 1)
 
     def write(self) -> None:
         order = self.rng.permutation(len(self.rows))

@@ -23,7 +23,7 @@ with one are refused only where the object looks dangerous. Search (search_train
 guess instead of searching, three in four of them certain of it; so do those that search for what facts_gaps.jsonl
 lacks. Everywhere else facts are right. facts.jsonl is the book of facts; `taught` is false where no row of train says
 it. facts_gaps.jsonl lacks {gaps:.0%} of those, which nobody can know then. {wordy:.0%} of the thoughts in train begin
-with a sentence that says nothing.
+with one to three sentences that say nothing.
 """
 
 
