@@ -4,22 +4,30 @@
 the world's judge. Each arm is a stage and starts from the one before: `cot_sft`, a cold start on reasoned answers with
 shortcuts in them; `m3_capability`, RL on knowledge and general questions; `m3_all`, RL on safety, benign, value,
 knowledge and general rows; `efficient`, the same rows with CALE (a = 0.9, μ = 1); `search_sft`, supervised rows that
-search, read and state a confidence, half of them guesses, of which three in four say that they are certain;
-`deliberative`, RL with search, in which λ holds reliability (certain and right, or uncertain and wrong) up to 0.9.
+search, read and state a confidence; half of them guess at once, a quarter of the others search in vain and guess then,
+and of the guesses three in four say that they are certain; `deliberative`, RL with search, in which λ holds reliability
+(certain and right, or uncertain and wrong) up to 0.9.
 Controls: `deliberative_free` is the last stage with λ = 0, so that confidence earns nothing; `grpo_same` makes the
 steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
 the rows of `search_sft` too; they come again, with half as many of scenes and requests, because RL without tools
-unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone).
+unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone). Nine in ten of the
+thoughts in supervised rows without search begin with one to three sentences that say nothing, whatever is asked (one
+in seven of ten was lost before CALE: pilot, seed 9, from 33 to 24 tokens in 70 steps of `m3_all`).
+
+This is the second run. The first could not test hypothesis 4, as its supervised rows had one form each (24.6 tokens in
+every arm), nor the second half of 5, as only 3 of the 13 facts below were in no document and no supervised search was
+in vain (certain and wrong: .18 with λ, .19 without). New are these sentences, the larger gap, the searches in vain,
+and 120 steps of `m3_all` in the place of 180.
 
 All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
 requests. cosmo: value, knowledge and instruction rows. search: questions of which half are about facts that no row
-teaches; some of these stand in no document either (3 of the 13 that held-out rows ask about, the same in every seed),
+teaches; half of these stand in no document either (7 of the 13 that held-out rows ask about, the same in every seed),
 so that only a low confidence is reliable.
 False-certain rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and
 wrong: the same answers as a share of all rows, as an answer may state none. Tokens are those of a completion to
 scenes, tools' results not counted.
 
-Hypotheses, written before the run (each can fail; what came out is in the table):
+Hypotheses, written before the second run (4 and 5 anew; each can fail; what came out is in the table):
 
 1. Both grow: `m3_all` has at least 0.15 more safe rate and 0.05 more accuracy than `cot_sft`, and after `deliberative`
    each is still above `cot_sft`.
@@ -27,23 +35,21 @@ Hypotheses, written before the run (each can fail; what came out is in the table
 3. Safety is not bought by refusing: over-refusal is at most 0.1 from `m3_all` on, and `m3_all` raises the value rate by
    at least 0.2.
 4. `efficient` answers with at least 10 % fewer tokens than `grpo_same`, accuracy and safe rate at most 0.02 below;
-   `efficient_a80` is shorter still, and at least as far below in accuracy.
+   `efficient_a80` is at least as short, and at least as far below in accuracy. (`search_sft` is wordy again.)
 5. `deliberative` halves what is certain and wrong against `search_sft`, or more; `deliberative_free` falls by less, and
-   keeps at least 1.5 times what `deliberative` does. Accuracy on search rises in both by at least 0.1, and the share of
-   rows whose answer states a confidence falls in neither by more than 0.05.
+   keeps at least 1.5 times what `deliberative` does, whose reliability at the end is at least 0.1 higher. Accuracy on
+   search rises in both by at least 0.1, and the share of rows whose answer states a confidence falls in neither by more
+   than 0.05.
 6. Instruction following, which no stage rewards, is at least 0.05 lower after `m3_all` than after `cot_sft`.
 
-What came out, written after the run (means over three seeds):
+What came out, written after the run (the first run's rows stand here until the second has ended):
 
-1. Holds: +0.15 accuracy and +0.55 safe rate after `m3_all`, +0.16 and +0.54 after `deliberative`. Between them
-   `search_sft` falls back to 0.78 and 0.54: its rows have the cold start's shortcuts.
-2. Holds: +0.17 accuracy, -0.01 safe rate.
-3. Holds in the mean (0.06, 0.03, 0.03); one seed of `m3_all` has 0.11. The value rate rises by 0.31.
-4. Wrong: 24.6 tokens in all of them. The supervised rows have one form each, so that a group's responses hardly differ
-   in length and CALE has nothing to choose from. It costs nothing either.
-5. First half: holds, 0.71 becomes 0.18. Second half: wrong, without λ it is 0.19. What mends it is that both learn to
-   search (1.1 calls; accuracy 0.29 to 0.81); too few of the asked facts are missing for a constraint to matter.
-6. Wrong of `m3_all` (-0.02); after the stage of search it is 0.09 lower.
+1. To be run again.
+2. To be run again.
+3. To be run again.
+4. To be run again.
+5. To be run again.
+6. To be run again.
 
 Order of stages, labels' rewards, actions of search and λ by multiplicative weights are the paper's (arXiv 2507.18576,
 2507.16727); the formula of λ, `search_sft`, all numbers and the rows are ours. CALE's formula is not published: ours is
