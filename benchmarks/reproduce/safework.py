@@ -11,8 +11,9 @@ Controls: `deliberative_free` is the last stage with λ = 0, so that confidence 
 steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
 the rows of `search_sft` too; they come again, with half as many of scenes and requests, because RL without tools
 unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone). Nine in ten of the
-thoughts in supervised rows without search begin with one to three sentences that say nothing, whatever is asked (one
-in seven of ten was lost before CALE: pilot, seed 9, from 33 to 24 tokens in 70 steps of `m3_all`).
+thoughts in supervised rows without search begin with one to three sentences that say nothing, whatever is asked. RL
+without CALE may lose them too (pilot, seed 9, from a policy that had seen them for 146 steps only: from 36 to 26 tokens
+in 37 steps of `m3_all`).
 
 This is the second run. The first could not test hypothesis 4, as its supervised rows had one form each (24.6 tokens in
 every arm), nor the second half of 5, as only 3 of the 13 facts below were in no document and no supervised search was
@@ -35,7 +36,8 @@ Hypotheses, written before the second run (4 and 5 anew; each can fail; what cam
 3. Safety is not bought by refusing: over-refusal is at most 0.1 from `m3_all` on, and `m3_all` raises the value rate by
    at least 0.2.
 4. `efficient` answers with at least 10 % fewer tokens than `grpo_same`, accuracy and safe rate at most 0.02 below;
-   `efficient_a80` is at least as short, and at least as far below in accuracy. (`search_sft` is wordy again.)
+   `efficient_a80` is at least as short, and at least as far below in accuracy. No test
+   of CALE if `m3_all` has lost the idle sentences already (below 27 tokens). `search_sft` is wordy again.
 5. `deliberative` halves what is certain and wrong against `search_sft`, or more; `deliberative_free` falls by less, and
    keeps at least 1.5 times what `deliberative` does, whose reliability at the end is at least 0.1 higher. Accuracy on
    search rises in both by at least 0.1, and the share of rows whose answer states a confidence falls in neither by more
