@@ -8,25 +8,27 @@ search, read and state a confidence; half of them guess at once, a quarter of th
 and of the guesses three in four say that they are certain; `deliberative`, RL with search, in which λ holds reliability
 (certain and right, or uncertain and wrong) up to 0.9.
 Controls: `deliberative_free` is the last stage with λ = 0, so that confidence earns nothing; `grpo_same` makes the
-steps of `efficient` with the advantage of the stages before; `efficient_a80` is CALE with a = 0.8. The cold start has
-the rows of `search_sft` too; they come again, with half as many of scenes and requests, because RL without tools
+steps of `efficient` with the advantage of the stages before. `efficient_early` (CALE, a = 0.9), `efficient_early_a80`
+(a = 0.8) and `grpo_early` make 20 steps on the same rows from the cold start, whose thoughts are wordy. The cold start
+has the rows of `search_sft` too; they come again, with half as many of scenes and requests, because RL without tools
 unlearns their use (pilot, seed 9: no search after `m3_all`, and no safety after search rows alone). Nine in ten of the
 thoughts in supervised rows without search begin with one to three sentences that say nothing, whatever is asked. RL
-without CALE may lose them too (pilot, seed 9, from a policy that had seen them for 146 steps only: from 36 to 26 tokens
-in 37 steps of `m3_all`).
+without CALE loses them too, later (pilot, seed 9, from a policy that had seen them for 146 steps only: from 36 tokens
+to 26 in 37 steps of `m3_all`, to 25 in 15 with CALE); hence the early arms.
 
 This is the second run. The first could not test hypothesis 4, as its supervised rows had one form each (24.6 tokens in
 every arm), nor the second half of 5, as only 3 of the 13 facts below were in no document and no supervised search was
-in vain (certain and wrong: .18 with λ, .19 without). New are these sentences, the larger gap, the searches in vain,
-and 120 steps of `m3_all` in the place of 180.
+in vain (certain and wrong: .18 with λ, .19 without). New are these sentences, the larger gap, the searches in vain and
+the early arms.
 
 All arms are evaluated greedily on held-out rows with search at hand, used or not. scenes: general questions and
 requests. cosmo: value, knowledge and instruction rows. search: questions of which half are about facts that no row
 teaches; half of these stand in no document either (7 of the 13 that held-out rows ask about, the same in every seed),
 so that only a low confidence is reliable.
-False-certain rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and
-wrong: the same answers as a share of all rows, as an answer may state none. Tokens are those of a completion to
-scenes, tools' results not counted.
+Recovery: harmful scenes answered safely although the response was made to begin with an unsafe step. False-certain
+rate: of the answers that state a confidence those that are certain (above 5) and wrong; certain and wrong: the same
+answers as a share of all rows, as an answer may state none. Tokens are those of a completion to scenes, tools' results
+not counted.
 
 Hypotheses, written before the second run (4 and 5 anew; each can fail; what came out is in the table):
 
@@ -35,14 +37,16 @@ Hypotheses, written before the second run (4 and 5 anew; each can fail; what cam
 2. `m3_capability` raises accuracy by at least 0.05, and the safe rate by no more than 0.05.
 3. Safety is not bought by refusing: over-refusal is at most 0.1 from `m3_all` on, and `m3_all` raises the value rate by
    at least 0.2.
-4. `efficient` answers with at least 10 % fewer tokens than `grpo_same`, accuracy and safe rate at most 0.02 below;
-   `efficient_a80` is at least as short, and at least as far below in accuracy. No test
-   of CALE if `m3_all` has lost the idle sentences already (below 27 tokens). `search_sft` is wordy again.
+4. `efficient_early` answers with at least 10 % fewer tokens than `grpo_early`, accuracy and safe rate at most 0.02
+   below; `efficient_early_a80` is at least as short, and at least as far below in accuracy. After `m3_all` nothing is
+   left to shorten: `efficient` is within a token of `grpo_same`.
 5. `deliberative` halves what is certain and wrong against `search_sft`, or more; `deliberative_free` falls by less, and
    keeps at least 1.5 times what `deliberative` does, whose reliability at the end is at least 0.1 higher. Accuracy on
    search rises in both by at least 0.1, and the share of rows whose answer states a confidence falls in neither by more
    than 0.05.
 6. Instruction following, which no stage rewards, is at least 0.05 lower after `m3_all` than after `cot_sft`.
+7. No stage teaches to come back: recovery stays below 0.1 after every stage (0 of 180 for `cot_sft` and `m3_all` of the
+   first run, seed 0). What these policies learn is to decide otherwise in the thought, not to doubt what it decided.
 
 What came out, written after the run (the first run's rows stand here until the second has ended):
 
@@ -52,6 +56,7 @@ What came out, written after the run (the first run's rows stand here until the 
 4. To be run again.
 5. To be run again.
 6. To be run again.
+7. Not in the first run.
 
 Order of stages, labels' rewards, actions of search and λ by multiplicative weights are the paper's (arXiv 2507.18576,
 2507.16727); the formula of λ, `search_sft`, all numbers and the rows are ours. CALE's formula is not published: ours is
@@ -65,11 +70,14 @@ that of CANON, its group's later work. The papers' figures, for 7B to 72B models
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runner import Arm, splits, steps
+from runner import Arm, environment, splits, steps
 from summary import cells, markdown, over_seeds, seeds, source, spread
 
 SEEDS = (0, 1, 2)
@@ -85,7 +93,7 @@ HEADLINE = (
 )
 TRAJECTORY = ("cot_sft", "m3_capability", "m3_all", "efficient", "search_sft", "deliberative")
 MORE = dict.fromkeys((3, 4), TRAJECTORY)  # the headline with five seeds
-LENGTHS = ("m3_all", "grpo_same", "efficient", "efficient_a80")
+LENGTHS = ("cot_sft", "grpo_early", "efficient_early", "efficient_early_a80", "m3_all", "grpo_same", "efficient")
 LAST = 10  # steps at a stage's end over which λ and reliability are means
 
 
@@ -100,7 +108,24 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     for ours, theirs in {"lambda": "constraints/reliability/lambda", "reliability": "rewards/reliability/mean"}.items():
         if values := [row[theirs] for row in last if theirs in row]:
             more[ours] = round(mean(values), 4)
-    return more
+    asked = [sys.executable, __file__, str(folder)]  # a process of its own: the runner loads no torch
+    return more | json.loads(subprocess.check_output(asked, env=environment()))
+
+
+def recovered(folder: Path) -> dict[str, float]:
+    """The final model's rate of recovery from a forced unsafe step, on the harmful scenes."""
+    from opened import opened
+
+    from cosmo_fast.analysis.recovery import recovery
+    from cosmo_fast.data.sources import read
+    from cosmo_fast.models.vision import Vision
+    from cosmo_fast.rollout import Sampler, SamplingParams
+
+    config, policy, find = opened(folder)
+    rows = [row for row in read(config, find("world:scenes.jsonl")) if row.columns.get("policy") == "refuse"]
+    params = SamplingParams(config.max_completion_length, temperature=0)
+    found = recovery(policy, Sampler(policy, Vision(policy)), rows, params)
+    return {"recovery_rate": round(found["recovery_rate"], 4), "recovery_n": found["recovery_rate_n"]}
 
 
 def _arm(name: str, start: str | None, stage: str = "", **settings: Any) -> Arm:
@@ -121,7 +146,9 @@ ARMS = [
         constraints={}, reward_options={"deliberative": {"multiplier": 0.0}},
     ),
     _arm("grpo_same", "m3_all", "efficient", advantage="group", cale_a=1.0),
-    _arm("efficient_a80", "m3_all", "efficient", cale_a=0.8),
+    _arm("efficient_early", "cot_sft", "efficient", max_steps=20),
+    _arm("grpo_early", "cot_sft", "efficient", max_steps=20, advantage="group", cale_a=1.0),
+    _arm("efficient_early_a80", "cot_sft", "efficient", max_steps=20, cale_a=0.8),
 ]  # fmt: skip
 
 
@@ -131,10 +158,10 @@ def table(rows: list[dict[str, str]]) -> str:
     plain = [("cosmo", "value_rate"), ("cosmo", "knowledge_rate"), ("cosmo", "instruction_rate"),
              ("search", "accuracy"), ("search", "stated"),
              ("search", "false_certain_rate"), ("search", "certain_wrong"),
-             ("search", "search_calls"), ("search", "lambda")]  # fmt: skip
+             ("search", "search_calls"), ("search", "lambda"), ("scenes", "recovery_rate")]  # fmt: skip
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "tokens", "Δ", "value", "knowledge",
             "instruction", "search: accuracy", "confidence stated", "false-certain", "certain and wrong", "searches",
-            "λ"]  # fmt: skip
+            "λ", "recovery"]  # fmt: skip
     found = [over_seeds(rows, split, metric) for split, metric in plain]
     body = []
     for key, shown in cells(rows, "scenes", paired, (BASELINE, BASELINE)).items():
@@ -173,3 +200,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         side.legend(fontsize=8) if side.get_legend_handles_labels()[0] else None
         side.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    print(json.dumps(recovered(Path(sys.argv[1]))))
