@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cosmo_fast import checkpoint as ckpt
-from cosmo_fast.config import Config, ConfigError, resolved_stage
+from cosmo_fast.config import Config, ConfigError, WorldConfig, resolved_stage
 from cosmo_fast.distributed import Ranks
 
 # Lists the files of ours at the root of the folder: only they, and the folders below, are ever removed.
@@ -81,7 +81,7 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: naming the first setting that differs, its value then and now.
     """
-    now = config.resolved()
+    now, saved = config.resolved(), saved | {"world": WorldConfig(**saved.get("world", {})).model_dump()}
     free = _FREE - {"model_name_or_path"} if config.lora_r else _FREE  # an adapter is of no use without its base
     for key in sorted(now.keys() - free):
         # What an earlier version did not have is at its default.

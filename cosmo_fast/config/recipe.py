@@ -70,6 +70,7 @@ class WorldConfig(Strict):
 
     seed: int | None = Field(default=None, ge=0)
     picture: int = 56  # side of its pictures in pixels, a multiple of 56; 392 gives 196 vision tokens
+    family: Literal["qwen2_5_vl", "qwen3_vl", "internvl"] = "qwen2_5_vl"  # of its model; rows and pictures are the same
     sizes: dict[str, float] = Field(default_factory=dict)
     cache_dir: str | None = None
 

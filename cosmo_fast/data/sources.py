@@ -22,7 +22,7 @@ def world_resolver(config: Config, ranks: Ranks):
             from cosmo_fast.world import ensure_world
 
             seed = config.seed if config.world.seed is None else config.world.seed
-            about = {"picture": config.world.picture, "cache_dir": config.world.cache_dir}
+            about = config.world.model_dump(include={"picture", "family", "cache_dir"})
             with ranks.in_turn():
                 root.append(ensure_world(seed=seed, **about, **config.world.sizes))
         file = name.removeprefix("world:")

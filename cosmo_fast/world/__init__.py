@@ -17,18 +17,25 @@ from cosmo_fast.world.draw import SIZE
 __all__ = ["build", "ensure_world"]
 
 
-def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, picture: int = SIZE, **sizes: float) -> Path:
+def ensure_world(
+    *, seed: int = 0, cache_dir: str | Path | None = None, picture: int = SIZE, family: str = "qwen2_5_vl",
+    **sizes: float,
+) -> Path:  # fmt: skip
     """The folder of the world of this seed and these sizes, with its model under ``model``; built on the first call.
+
+    ``family``: of the model alone, one of :data:`cosmo_fast.world.model.FAMILIES`; rows and pictures are the same.
 
     It lies in ``cache_dir``, by default $XDG_CACHE_HOME/cosmo_fast (~/.cache/cosmo_fast).
 
     Raises:
-        ValueError: an unknown size, or the folder cannot be written.
+        ValueError: an unknown size or family, or the folder cannot be written.
     """
-    from cosmo_fast.world.model import build_model, picture_statistics, training_material
+    from cosmo_fast.world.model import FAMILIES, build_model, picture_statistics, training_material
 
+    if family not in FAMILIES:
+        raise ValueError(f"world.family={family!r} is none of {', '.join(FAMILIES)}")
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
-    about = hashlib.sha256(json.dumps([seed, picture, SIZES | sizes], sort_keys=True).encode())
+    about = hashlib.sha256(json.dumps([seed, picture, family, SIZES | sizes], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):  # a changed world is another world, whatever VERSION says
         about.update(source.read_bytes())
     digest = about.hexdigest()[:12]
@@ -42,7 +49,7 @@ def ensure_world(*, seed: int = 0, cache_dir: str | Path | None = None, picture:
         build(draft, seed=seed, picture=picture, **sizes)
         texts, pictures = training_material(draft)
         mean, std = picture_statistics(pictures if picture == SIZE else pictures[:: len(pictures) // 500 + 1])
-        build_model(draft / "model", texts, seed=seed, image_mean=mean, image_std=std, picture=picture)
+        build_model(draft / "model", texts, seed=seed, image_mean=mean, image_std=std, picture=picture, family=family)
         try:
             draft.rename(folder)
         except OSError:

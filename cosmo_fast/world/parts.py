@@ -59,4 +59,5 @@ def _write(world: Path, part: str, draft: Path) -> None:
     texts, pictures = training_material(draft)
     mean, std = picture_statistics(pictures)
     texts += training_material(world)[0]
-    build_model(draft / "model", texts, seed=about["seed"], image_mean=mean, image_std=std, tags=TAGS)
+    family = json.loads((world / "model" / "config.json").read_text())["model_type"]
+    build_model(draft / "model", texts, seed=about["seed"], image_mean=mean, image_std=std, tags=TAGS, family=family)
