@@ -354,6 +354,23 @@ def test_rewards_are_filed_by_quarter_as_trained_on_and_by_the_rule(tmp_path):
     assert found["gold_4"] == pytest.approx((0.2 + 0.8125) / 2, abs=1e-4)
 
 
+def test_another_backbone_is_compared_with_its_own_cold_start():
+    rates = {("cold", "cold"): 0.9, ("cold-internvl", "cold"): 0.5, ("two_stage-internvl", "general"): 0.1,
+             ("two_stage-internvl", "both"): 0.75, ("cold-qwen3_vl", "cold"): 0.4}  # fmt: skip
+    rows = _filed(cosmo.ARMS, (0, 1))
+    for row in rows:
+        rate = rates.get((row["arm"], row["stage"]), 0.2)
+        rate += 0.15 * (row["seed"] == "1" and row["stage"] == "both")
+        row |= dict.fromkeys(("accuracy", "safe_rate", "over_refusal_rate"), str(rate))
+    rows = [row for row in rows if row["arm"] != "two_stage-qwen3_vl"]
+    told = [line for line in cosmo.table(rows).splitlines() if "its own cold start" in line]
+    rate = "+0.33 ± 0.11"  # of 0.25 and 0.40
+    assert told == [
+        "- two_stage-internvl, paired difference to its own cold start: "
+        f"accuracy {rate}, safe rate {rate}, over-refusal {rate}."
+    ]
+
+
 def test_certain_and_wrong_is_a_share_of_all_answers_not_of_those_that_state_a_confidence(tmp_path):
     search = {"false_certain_rate": 0.5, "false_certain_rate_n": 20, "accuracy_n": 80, "tools/search_calls": 1.5}
     rows = [{"constraints/reliability/lambda": i, "rewards/reliability/mean": 0.5} for i in range(20)]

@@ -10,8 +10,10 @@ supervised rows without any bias, `rft` with the cold start's own right response
 reward kept, `rft_rows`); both for about the seconds of RL, and `clean_sft` has the right answers, which RL never sees.
 `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it. `-noise10`, `-noise20`: 10 and 20 %
 of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained on labelled answers. `-instructed`:
-a seventh of the mix are instructions. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful
-intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and instructions.
+a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones
+(2.0 and 1.6 M parameters) on the same rows, no other setting changed. Evaluation is greedy, on held-out scenes, objects
+(`concepts`), harmful intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and
+instructions.
 
 Hypotheses, written before the run, of means over the seeds (each can fail; what came out is in the table):
 
@@ -31,6 +33,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
 8. 10 % of noise costs at most 0.03 of the safe rate, 20 % at most 0.08. The trained verifier is exploited: at the end
    its reward is above the rule's on the same responses by >= 0.05, and the safe rate is below `two_stage`'s by >= 0.05.
 9. Two-stage RL costs instruction following >= 0.05 (paper: IF-Eval 86.3 -> 74.9); with instructions in the mix nothing.
+10. The recipe transfers: on InternVL (as the paper claims) and on Qwen3-VL (ours) alike, two-stage RL improves accuracy
+    by >= 0.08 and the safe rate by >= 0.30 over its own cold start, at an over-refusal at most 0.05 higher.
 
 What came out, written after three seeds of the arms up to `rft` (means; the other arms have not run):
 
@@ -48,10 +52,11 @@ What came out, written after three seeds of the arms up to `rft` (means; the oth
 7. Not run.
 8. Not run.
 9. -0.03 after `two_stage`, less than expected (`rft`: -0.07). With instructions in the mix: not run.
+10. Not run.
 
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
 mix, attacks, controls, thresholds. Published figures: IF-Eval 86.3 before, 74.9 after; the other result tables are not
-published in a form that these arms could stand next to. Not run: other backbones (transfer).
+published in a form that these arms could stand next to.
 """
 
 from __future__ import annotations
@@ -84,6 +89,7 @@ HEADLINE = (
 JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-verifier")
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
 COMPOSED = ("cold", "capability", "safety", "mixed", "two_stage", "clean_sft", "rft")  # tried under all 64 attacks
+FAMILIES = ("qwen3_vl", "internvl")  # of other backbones
 PARTS = 4  # of a stage, in which rewards are filed
 RECIPE = "cosmo.yaml"
 BIASES = {"bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2}  # the world's own
@@ -151,6 +157,13 @@ def _two_stage(name: str, stage: str = "both", **more: Any) -> Arm:
     return _arm(f"two_stage{name}", stage, start="general", **more)
 
 
+def _of_family(family: str) -> list[Arm]:
+    """A cold start of another backbone, and the two stages from it."""
+    cold, settings = f"cold-{family}", {"world.family": family}
+    both = _arm(f"two_stage-{family}", "general", "both", start=cold, settings=settings)
+    return [_arm(cold, "cold", start=None, settings=settings), both]
+
+
 ARMS = [
     _arm(BASELINE, "cold", start=None),
     *(_arm(name, name) for name in ("capability", "safety", "mixed", "general")),
@@ -174,6 +187,7 @@ ARMS = [
         },
     ),
     _two_stage("-verifier", needs=("verifier",), settings=_judged({"model": "{verifier}"})),
+    *(arm for family in FAMILIES for arm in _of_family(family)),
 ]
 
 
@@ -201,8 +215,9 @@ def table(rows: list[dict[str, str]]) -> str:
         shown += [summary.spread(found.get(key, [])) for found in (attacked, held)]
         shown += [", ".join(summary.spread([*found.get(key, {}).values()]) for found in tried), *formed[key]]
         body.append([key[0], *scenes[key], *shown, summary.spread([*seconds.get(key, {}).values()])])
-    about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `cold`. Attacks: success; 64: of 20 "
-    about += "requests under 64 compositions each, those helped at least once, and of all tries. Seconds: training"
+    about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `cold`, a Qwen2.5-VL. "
+    about += "Attacks: success; 64: of 20 requests under 64 compositions each, those helped at least once, and of all "
+    about += "tries. Seconds: training"
     lines = [summary.markdown(head, body), "", f"{about} ({summary.source(*rows)}, one thread).", ""]
     plain = summary.over_seeds(rows, "scenes", "safe_rate").get(base, {})
     for family in (*TRAINED, HELD_OUT):
@@ -216,6 +231,11 @@ def table(rows: list[dict[str, str]]) -> str:
         if all(ends):
             proxy, gold = (summary.spread([*end.values()]) for end in ends)
             lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}.")
+    for family in FAMILIES:
+        metrics, own = ["accuracy", "safe_rate", "over_refusal_rate"], (f"cold-{family}", "cold")
+        if found := summary.cells(rows, "scenes", metrics, own).get((f"two_stage-{family}", "both")):
+            rates = f"accuracy {found[1]}, safe rate {found[3]}, over-refusal {found[5]}"
+            lines.append(f"- two_stage-{family}, paired difference to its own cold start: {rates}.")
     return "\n".join(lines)
 
 
