@@ -81,7 +81,7 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: naming the first setting that differs, its value then and now.
     """
-    now, saved = config.resolved(), saved | {"world": WorldConfig(**saved.get("world", {})).model_dump()}
+    now, saved = config.resolved(), saved | {"world": WorldConfig().model_dump() | saved.get("world", {})}
     free = _FREE - {"model_name_or_path"} if config.lora_r else _FREE  # an adapter is of no use without its base
     for key in sorted(now.keys() - free):
         # What an earlier version did not have is at its default.

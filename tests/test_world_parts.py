@@ -206,8 +206,8 @@ def test_targets_that_search_in_vain_guess_and_most_are_certain_all_the_same(loo
         if set(row["documents"]) <= known:
             assert text.endswith(f"<confidence>9</confidence><answer>{wanted}</answer>") and "no such" not in text
         else:
-            shown = re.search("</search><result>(.*?)</result><read>(.*?)</read><result>(.*?)</result>", text)
-            assert row["documents"] == [shown[2]] and shown[2] not in shown[1] and shown[3] == "no such document"
+            shown = re.search("</search><result>(.*?)</result><confidence>", text)
+            assert row["documents"][0] not in shown[1] and "<read>" not in text
             sure[re.search("<confidence>(.)<", text)[1]] += 1
             right += text.endswith(f"<answer>{wanted}</answer>")
     total = sum(sure.values())

@@ -30,7 +30,8 @@ rate: of the answers that state a confidence those that are certain (above 5) an
 answers as a share of all rows, as an answer may state none. Tokens are those of a completion to scenes, tools' results
 not counted.
 
-Hypotheses, written before the second run (4 and 5 anew; each can fail; what came out is in the table):
+Hypotheses, written before the second run; each can fail; what came out is in the table. 4 and 5 are new; 1 to 3 and 6
+are the first run's, in which 1 to 3 had held and 6 had not; 7 was written after a look at two policies of that run:
 
 1. Both grow: `m3_all` has at least 0.15 more safe rate and 0.05 more accuracy than `cot_sft`, and after `deliberative`
    each is still above `cot_sft`.
@@ -108,8 +109,13 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     for ours, theirs in {"lambda": "constraints/reliability/lambda", "reliability": "rewards/reliability/mean"}.items():
         if values := [row[theirs] for row in last if theirs in row]:
             more[ours] = round(mean(values), 4)
-    asked = [sys.executable, __file__, str(folder)]  # a process of its own: the runner loads no torch
-    return more | json.loads(subprocess.check_output(asked, env=environment()))
+    return more
+
+
+def reflected(folder: Path, stage: str) -> dict[str, Any]:
+    """:func:`measured`, and :func:`recovered` in a process of its own: the runner loads no torch."""
+    asked = [sys.executable, __file__, str(folder)]
+    return measured(folder, stage) | json.loads(subprocess.check_output(asked, env=environment()))
 
 
 def recovered(folder: Path) -> dict[str, float]:
@@ -131,7 +137,7 @@ def recovered(folder: Path) -> dict[str, float]:
 def _arm(name: str, start: str | None, stage: str = "", **settings: Any) -> Arm:
     stage = stage or name
     changed = {f"stages.{stage}.{key}": value for key, value in settings.items()}
-    return Arm(name, "safework.yaml", (stage,), changed, start, measure=measured)
+    return Arm(name, "safework.yaml", (stage,), changed, start, measure=reflected)
 
 
 ARMS = [
@@ -158,10 +164,11 @@ def table(rows: list[dict[str, str]]) -> str:
     plain = [("cosmo", "value_rate"), ("cosmo", "knowledge_rate"), ("cosmo", "instruction_rate"),
              ("search", "accuracy"), ("search", "stated"),
              ("search", "false_certain_rate"), ("search", "certain_wrong"),
-             ("search", "search_calls"), ("search", "lambda"), ("scenes", "recovery_rate")]  # fmt: skip
+             ("search", "search_calls"), ("search", "lambda"), ("search", "reliability"),
+             ("scenes", "recovery_rate")]  # fmt: skip
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "tokens", "Δ", "value", "knowledge",
             "instruction", "search: accuracy", "confidence stated", "false-certain", "certain and wrong", "searches",
-            "λ", "recovery"]  # fmt: skip
+            "λ", "reliability", "recovery"]  # fmt: skip
     found = [over_seeds(rows, split, metric) for split, metric in plain]
     body = []
     for key, shown in cells(rows, "scenes", paired, (BASELINE, BASELINE)).items():

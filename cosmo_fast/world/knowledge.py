@@ -106,14 +106,15 @@ def documents() -> list[dict[str, Any]]:
 
 
 def trace(facts: list[Fact], tell: bool, seen: str, search: Search, rng: np.random.Generator) -> str:
-    """A response that searches for every fact, reads it, and is certain; where there is no such document, a guess."""
+    """A response that searches for every fact, reads it, and is certain; a guess follows what is not found."""
     text = f"<think>{seen}</think>"
     for fact in facts:
         subject = THINGS[fact.subject].a if fact.subject in THINGS else fact.subject
         calls = ("search", TASKS[fact.relation][4].format(s=subject)), ("read", fact.id)
-        for kind, said in calls:
+        known = fact.id in search.documents
+        for kind, said in calls if known else calls[:1]:
             result, _ = search.answer(kind, said)
-            known, wanted = fact.id in search.documents, fact.id if kind == "search" else fact.statement
+            wanted = fact.id if kind == "search" else fact.statement
             assert (wanted in result) == known, f"{said!r} finds {result!r}"
             text += f"<{kind}>{said}</{kind}><result>{result}</result>"
         if not known:
