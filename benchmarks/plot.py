@@ -276,20 +276,21 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
 
 
 def headlines(results: Path) -> str:
-    """A line a reproduction: what its module's HEADLINE names, from the one arm to the other, means over the seeds."""
+    """A line a reproduction: what its module's HEADLINE names, from arm to arm, means over the seeds that all have."""
     lines = []
     for name in runner.tables():
         module, rows = importlib.import_module(name), runner.read(results / "reproduce" / f"{name}.csv")
         arms, shown = getattr(module, "HEADLINE", ((), {}))
-        if not arms or not {row["arm"] for row in rows}.issuperset(arms):
-            continue
-        told, seeds = [], {row["seed"] for row in rows if row["arm"] == arms[-1]}
-        for label, where in shown.items():
-            found = {arm: values for (arm, _), values in over_seeds(rows, *where).items()}  # the last stage of an arm
-            told.append(f"{label} {' → '.join(f'{mean(found[arm].values()):.2f}'.lstrip('0') for arm in arms)}")
-        title = module.__doc__.splitlines()[0].removeprefix("# ").partition(":")[0]
-        where = f"[{title}](benchmarks/results/reproduce/{name}.md), {' → '.join(f'`{arm}`' for arm in arms)}"
-        lines.append(f"- {where}, {len(seeds)} seeds: {', '.join(told)}.")
+        seeds = set.intersection(*({row["seed"] for row in rows if row["arm"] == arm} for arm in arms)) if arms else ()
+        told = []
+        for label, where in shown.items() if seeds else ():
+            found = {arm: by_seed for (arm, _), by_seed in over_seeds(rows, *where).items()}  # an arm's last stage
+            means = (mean(found[arm][seed] for seed in seeds) for arm in arms)
+            told.append(f"{label} {' → '.join(f'{value:.2f}'.lstrip('0') for value in means)}")
+        if told:
+            title = module.__doc__.splitlines()[0].removeprefix("# ").partition(":")[0]
+            where = f"[{title}](benchmarks/results/reproduce/{name}.md), {' → '.join(f'`{arm}`' for arm in arms)}"
+            lines.append(f"- {where}, {len(seeds)} seeds: {', '.join(told)}.")
     return "\n".join(lines)
 
 

@@ -135,6 +135,11 @@ def test_some_arms_run_with_further_seeds_and_with_those_alone_that_are_named(be
     assert sorted(name for name, *_ in bench.times()) == ["a-0", "a-5", "cold-0", "cold-5"]
     assert bench("--arm", "b", "--seed", "0", MORE={5: ("cold", "a")}) == 0
     assert [name for name, *_ in bench.times()][4:] == ["b-0"]
+    capsys.readouterr()
+    assert bench("--list", "--seed", "5", "--seed", "7", MORE={5: ("cold", "a")}) == 0
+    assert [line.rsplit(" ", 1)[0] for line in capsys.readouterr().out.splitlines()] == [
+        "cold 5", "a 5", "cold 7", "a 7", "b 7",
+    ]  # fmt: skip
 
 
 def test_what_other_settings_made_is_neither_gone_on_with_nor_filed(bench, capfd):
@@ -297,6 +302,23 @@ def test_the_page_of_a_table_follows_its_module_and_keeps_what_is_shown(bench):
     page.write_text("# Old\n\n<!-- reproduce-t -->\n\n| a |\n\n<!-- /reproduce-t -->\n")
     assert bench("--arm", "cold", "--seed", "0") == bench("--arm", "cold", "--seed", "0") == 0
     assert page.read_text() == "# Title\n\nIt is so.\n\n<!-- reproduce-t -->\n\n| a |\n\n<!-- /reproduce-t -->\n"
+
+
+def test_a_headline_is_of_the_seeds_that_all_of_its_arms_have(tmp_path, monkeypatch):
+    rows = [row | {"accuracy": "0.1"} for row in _filed(cosmo.ARMS[:1], (3, 4))]
+    rows += [row | {"accuracy": "0.5"} for row in _filed(cosmo.ARMS[:1], (0, 1))]
+    assert plot.headlines(tmp_path) == ""
+    runner.append(tmp_path / "reproduce" / "cosmo.csv", rows)
+    assert plot.headlines(tmp_path) == ""
+    last = [
+        row | {"accuracy": "0.75"} for row in _filed([arm for arm in cosmo.ARMS if arm.name == "two_stage"], (0, 1))
+    ]
+    runner.append(tmp_path / "reproduce" / "cosmo.csv", last)
+    assert "`cold` → `two_stage`, 2 seeds: accuracy .50 → .75, " in plot.headlines(tmp_path)
+
+
+def test_further_seeds_are_of_arms_that_there_are(table):
+    assert {name for names in getattr(table, "MORE", {}).values() for name in names} <= {arm.name for arm in table.ARMS}
 
 
 def test_plot_writes_the_pages_of_the_tables_that_have_rows(tmp_path, monkeypatch):

@@ -1,17 +1,18 @@
 """# COSMO-RL: safety and capability in one reinforcement learning
 
-`make reproduce-cosmo` runs this table on the embedded world with the demo's 1.7 M-parameter policy. The arms of a seed
-share `cold`, a biased cold start (70 % of the safety rows where "refuse what looks dangerous" is wrong follow it) that
-has learned to read words drawn under a picture and to follow instructions about form. From it, each with 180 steps of
-256 completions of CPGD: `capability` (general questions only), `safety` (harmful and delicate requests only), `mixed`
-(all rows in one stage), `two_stage` (`general` for 40 steps, then mixed for 140: COSMO-RL's order). Safety rows come
-plain and under three families of attack; figure_step is in no safety training. Controls: `clean_sft` goes on with
-supervised rows without any bias, `rft` with the cold start's own right responses (8 a row sampled, those with full
-reward kept, `rft_rows`); both for about the seconds of RL, and `clean_sft` has the right answers, which RL never sees.
-`-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it. `-noise10`, `-noise20`: 10 and 20 %
-of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained on labelled answers. `-instructed`:
-a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones
-(2.0 and 1.6 M parameters) on the same rows, no other setting changed. Evaluation is greedy, on held-out scenes, objects
+`make reproduce-cosmo` runs this table on the embedded world with the demo's policy (1.9 M parameters with these words).
+The arms of a seed share `cold`, a biased cold start (70 % of the safety rows where "refuse what looks dangerous" is
+wrong follow it) that has learned to read words drawn under a picture and to follow instructions about form. From it,
+each with 180 steps of 256 completions of CPGD: `capability` (general questions only), `safety` (harmful and delicate
+requests only), `mixed` (all rows in one stage), `two_stage` (`general` for 40 steps, then mixed for 140: COSMO-RL's
+order). Safety rows come plain and under three families of attack; figure_step is in no safety training. Controls:
+`clean_sft` goes on with supervised rows without any bias, `rft` with the cold start's own right responses (8 a row
+sampled, those with full reward kept, `rft_rows`); both for about the seconds of RL, and `clean_sft` has the right
+answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it.
+`-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained
+on labelled answers. `-instructed`: a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start and two
+stages of other tiny backbones (2.0 and 1.6 M parameters) on the same rows, no other setting changed; to InternVL a
+picture with drawn words is 12 to 16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects
 (`concepts`), harmful intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and
 instructions.
 
@@ -73,9 +74,7 @@ import yaml
 from runner import HERE, Arm, environment, splits, steps
 
 SEEDS = (0, 1, 2)
-MORE = dict.fromkeys(
-    (3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage")
-)  # the headline with five seeds
+MORE = dict.fromkeys((3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage"))  # five of the headline
 BASELINE = "cold"
 HEADLINE = (
     ("cold", "two_stage"),

@@ -321,9 +321,8 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
     path, runs = results / f"{options.table}.csv", (options.runs / options.table).absolute()
     filed = {(row["arm"], row["seed"]) for row in read(path)}
     every = {arm.name for arm in table.ARMS}
-    names = {seed: every for seed in options.seed or table.SEEDS}  # what is asked for, a seed
-    if not options.seed:
-        names |= {seed: set(arms) for seed, arms in getattr(table, "MORE", {}).items()}
+    names = dict.fromkeys(table.SEEDS, every) | {seed: set(arms) for seed, arms in getattr(table, "MORE", {}).items()}
+    names = {seed: names.get(seed, every) for seed in options.seed} or names  # what is asked for, a seed
     if options.list:
         for seed, those in names.items():
             for arm in (arm for arm in table.ARMS if arm.name in those):

@@ -3,11 +3,11 @@
 `make reproduce-stability` runs this table: the demo's cold start (600 steps) and then, for each loss, 120 rollouts of
 its mixed rows, safety 3 : general 2, at a setting that is aggressive on purpose: 8 optimiser steps a rollout of 256
 (quarters of it, twice), a learning rate of 3e-4 (the demo: 1 step at 1.7e-4), no KL; 3 seeds, a cold start each. All
-CPGD arms take GRPO's advantage and all losses are means over tokens, so that arms differ in the loss alone.
-`no_clip` is ε 0.999999 and ε_high 1e9, `no_drift` α 0, `bare` both; what CPGD multiplies the advantage by in the second
-pass, a clipped ratio, is then unclipped too. (Pilot, seed 9, 20 rollouts: at 6e-4 REINFORCE++ broke at once; at 1e-4
-CPGD and REINFORCE++ learned alike, 1.54 to 1.64; at 3e-4 neither learned, CPGD 1.52 to 1.49, REINFORCE++ 1.54 to 1.44
-and GRPO 1.53 to 1.43, the entropy of these two going from 0.14 to 0.25 and 0.29, of CPGD to 0.15.)
+CPGD arms take GRPO's advantage and all losses are means over tokens, so that arms differ in the loss alone. `no_clip`
+is ε 0.999999 and ε_high 1e9, `no_drift` α 0, `bare` both; what CPGD multiplies the advantage by in the second pass, a
+clipped ratio, is then unclipped too. (Pilot, seed 9, 20 rollouts: at 6e-4 REINFORCE++ broke at once; at 1e-4 CPGD and
+REINFORCE++ learned alike, the mean reward from 1.54 to 1.64; at 3e-4 neither learned, CPGD 1.52 to 1.49, REINFORCE++
+1.54 to 1.44 and GRPO 1.53 to 1.43, the entropy of these two going from 0.14 to 0.25 and 0.29, of CPGD to 0.15.)
 
 What no recipe says: our loss `rloo` has no ratio and is refused after a rollout's first step, so that `rloo` here is
 REINFORCE++'s clipped loss with RLOO's advantage; the drift is CPGD's own term, the others have none to take out.

@@ -32,7 +32,7 @@ SIZES = {
     "scenes_general": 900, "scenes_safety": 160, "held_general": 540, "held_safety": 150, "warn_share": 0.5,
     "attacks": 400,
     "bias_policy": 0.7, "bias_sum": 0.6, "bias_bare": 0.2,
-    "wordy": 0.0,  # share of thoughts in train.jsonl and cosmo/train.jsonl that begin with some of FILLERS
+    "wordy": 0.0,  # share of thoughts in train, reading and cosmo/train that begin with some of FILLERS
     # The part cosmo: value rows of each (kind, choice) pair, copies of every taught fact, rows.
     "value_train": 400, "value_rl": 150, "value_held": 50, "lessons": 6,
     "knowledge_train": 2400, "knowledge_rl": 900, "knowledge_held": 320, "search_train": 1800, "search_rl": 600,

@@ -49,7 +49,7 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of ``texts`` is one token, as is each of the ``tags`` (``<answer>``).
 
-    Any other text still has tokens. A prompt has the same ids in every ``family``.
+    Any other text still has tokens. A text has the same ids in every ``family``.
     """
     special, template = SPECIAL, CHAT_TEMPLATE
     if family == "internvl":
@@ -156,7 +156,7 @@ def build_model(
 
 
 def _config(family: str, text: dict, tower: dict, depth: int, picture: int, ids: dict[str, int]) -> PreTrainedConfig:
-    """The family's configuration from what all have in common: four vision tokens for 56 × 56 pixels."""
+    """The family's configuration from what all have in common: four vision tokens for 56 × 56 pixels, or a tile."""
     if family == "internvl":
         text |= dict(model_type="qwen2")
         tower |= dict(num_hidden_layers=depth, num_attention_heads=4, image_size=SIZE)
