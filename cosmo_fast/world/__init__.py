@@ -35,7 +35,8 @@ def ensure_world(
     if family not in FAMILIES:
         raise ValueError(f"world.family={family!r} is none of {', '.join(FAMILIES)}")
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmo_fast")
-    about = hashlib.sha256(json.dumps([seed, picture, family, SIZES | sizes], sort_keys=True).encode())
+    wanted = {name: float(size) for name, size in (SIZES | sizes).items()}  # a recipe's 18 is 18.0
+    about = hashlib.sha256(json.dumps([seed, picture, family, wanted], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):  # a changed world is another world, whatever VERSION says
         about.update(source.read_bytes())
     digest = about.hexdigest()[:12]
