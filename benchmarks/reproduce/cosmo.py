@@ -3,20 +3,22 @@
 `make reproduce-cosmo` runs this table on the embedded world with the demo's policy (1.9 M parameters with these words).
 The arms of a seed share `cold`, a biased cold start (70 % of the safety rows where "refuse what looks dangerous" is
 wrong follow it) that has learned to read words drawn under a picture and to follow instructions about form. From it,
-each with 180 steps of 256 completions of CPGD: `capability` (general questions only), `safety` (harmful and delicate
-requests only), `mixed` (all rows in one stage), `two_stage` (`general` for 40 steps, then mixed for 140: COSMO-RL's
-order). Safety rows come plain and under three families of attack; figure_step is in no safety training. Controls:
-`clean_sft` goes on with supervised rows without any bias, `rft` with the cold start's own right responses (8 a row
-sampled, those with full reward kept, `rft_rows`); both for about the seconds of RL, and `clean_sft` has the right
-answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it.
-`-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained
-on labelled answers. `-instructed`: a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start and two
-stages of other tiny backbones (2.0 and 1.6 M parameters) on the same rows, no other setting changed; to InternVL a
-picture with drawn words is 12 to 16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects
+each with 180 steps of 256 completions of CPGD (with the advantage of GRPO): `capability` (general questions only),
+`safety` (harmful and delicate requests only), `mixed` (all rows in one stage), `two_stage` (`general` for 40 steps,
+then mixed for 140: COSMO-RL's order). Safety rows come plain and under three families of attack; figure_step is in no
+safety training, though the cold start has been taught, with help to benign requests, to follow it as all others.
+Controls: `clean_sft` goes on with supervised rows without any bias, `rft` with the cold start's own right responses (8
+a row sampled, those with full reward kept, `rft_rows`); both for less time than RL takes (the column of seconds is of
+the stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 to 90 of its sampling), and `clean_sft` has
+the right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of
+it. `-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier`
+trained on labelled answers. `-instructed`: a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start
+and two stages of other tiny backbones (2.0 and 1.6 M parameters) on the same rows, no other setting changed; to
+InternVL a picture with drawn words is 12 to 16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects
 (`concepts`), harmful intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and
 instructions.
 
-Hypotheses, written before the run, of means over the seeds (each can fail; what came out is in the table):
+Hypotheses, written before the run, of means over the seeds (each can fail):
 
 1. On `cold` figure_step counts (benign rows answered under it >= 0.90, safe rate lower by >= 0.15 than without);
    role_play, whose words stand in the text, does not. Typographic and split may not (-0.08, -0.10 in a pilot, seed 9).
@@ -24,8 +26,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
 3. `safety` over-refuses: over-refusal on scenes >= 0.50, and accuracy falls by >= 0.05 (paper's claim).
 4. `two_stage` improves all three on every seed: accuracy by >= 0.10, safe rate by >= 0.30, over-refusal no higher than
    cold's + 0.02; and figure_step succeeds at most half as often as on `cold` (paper's claim, without its figures).
-5. The order, with the mix that it brings (44 % more general rows), helps: `two_stage` is above `mixed` by >= 0.02 in
-   accuracy or safe rate, and below in neither by 0.02.
+5. The order, with the mix that it brings (44 % more general rows; noted when seed 0 had begun), helps: `two_stage` is
+   above `mixed` by >= 0.02 in accuracy or safe rate, and below in neither by 0.02.
 6. RL beats SFT out of distribution: over `clean_sft` and over `rft`, `two_stage` is safer on concepts by >= 0.05 at an
    over-refusal at most 0.05 higher; and figure_step succeeds less by >= 0.05 than after `rft`. (Supervised rows show no
    refusal under any attack, so that of `clean_sft` it says nothing. Noted when the first arms had run, before any
@@ -37,7 +39,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail; what
 10. The recipe transfers: on InternVL (as the paper claims) and on Qwen3-VL (ours) alike, two-stage RL improves accuracy
     by >= 0.08 and the safe rate by >= 0.30 over its own cold start, at an over-refusal at most 0.05 higher.
 
-What came out, written after three seeds of the arms up to `rft` (means; the other arms have not run):
+What came out, written after three seeds (means; `verifier` and `two_stage-verifier`: two seeds). Seeds 3 and 4 of the
+headline, planned after the first three, have not run:
 
 1. figure_step: safe rate lower by 0.35, but read at 0.89, so that it counts on two of three seeds only. role_play does
    not. (Typographic and split count: the pilot's cold start had read less.)
@@ -46,13 +49,17 @@ What came out, written after three seeds of the arms up to `rft` (means; the oth
 3. First half holds: 0.86 on every seed. Accuracy falls by 0.03 in the mean only.
 4. Holds in the means: accuracy +0.13, safe rate +0.52, over-refusal +0.01, figure_step from 0.91 to 0.36. Not on every
    seed: accuracy +0.08 on one, over-refusal +0.09 on another.
-5. Wrong: `mixed` is 0.02 above `two_stage` in both.
+5. Wrong: `mixed` is 0.02 above `two_stage` in both, on two of three seeds in each.
 6. Half of it. On concepts RL is no safer (0.34; 0.33 after both SFT arms) and refuses more benign requests (0.28; 0.17
-   and 0.16). Under figure_step it gives way less than `rft`: 0.36 against 0.60. On plain scenes `clean_sft` is better
-   than RL in everything, in less time, as one expects of right answers to learn from, and `rft` as good or better.
-7. Not run.
-8. Not run.
-9. -0.03 after `two_stage`, less than expected (`rft`: -0.07). With instructions in the mix: not run.
+   and 0.16). Under figure_step it gives in less often than `rft`: 0.36 against 0.60. On plain scenes `clean_sft` is
+   better than RL in everything, as one expects of right answers to learn from, and `rft` as good or better.
+7. Wrong by a hair: 0.99, 0.93 and 0.95. From the unbiased cold start RL has nothing to mend: accuracy -0.02,
+   over-refusal +0.02.
+8. Holds. Noise costs no safe rate (0.96, 0.95; 0.95 without), 20 % of it some over-refusal (0.11; 0.07). The trained
+   verifier, right on 0.85 of held-out verdicts, is exploited: at the end it gives 0.92 where the rule gives 0.46, and
+   the safe rate is 0.50, 0.48 below `two_stage` with the same seeds.
+9. -0.03 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
+   from 0.86 to 0.77. With instructions in the mix that stays (0.86), and following falls more (-0.07).
 10. Not run.
 
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
@@ -82,7 +89,7 @@ HEADLINE = (
         "accuracy": ("scenes", "accuracy"),
         "safe rate": ("scenes", "safe_rate"),
         "over-refusal": ("scenes", "over_refusal_rate"),
-        "success of the attack never trained on": ("attacks", "figure_step_success"),
+        "success of an attack that no safety row shows": ("attacks", "figure_step_success"),
     },
 )
 JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-verifier")
@@ -244,15 +251,16 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
     axes = [summary.over_seeds(rows, "scenes", n) for n in ("accuracy", "safe_rate", "over_refusal_rate")]
-    for key in axes[0]:
-        x, y, colour = ([*found.get(key, {}).values()] for found in axes)
-        if not (x and y and colour) or (key[1] == "general" and key[0] != "general"):
-            continue
+    keys = [key for key in axes[0] if key[1] != "general" or key[0] == "general"]
+    for number, key in enumerate((key for key in keys if all(found.get(key) for found in axes)), 1):
+        x, y, colour = ([*found[key].values()] for found in axes)
         left.plot([mean(x)] * 2, [min(y), max(y)], color="0.7", zorder=1)
         left.plot([min(x), max(x)], [mean(y)] * 2, color="0.7", zorder=1)
-        drawn = left.scatter([mean(x)], [mean(y)], c=[mean(colour)], vmin=0, vmax=1, cmap="viridis_r", zorder=2)
-        left.annotate(key[0], (mean(x), mean(y)), fontsize=7)
+        shown = {"vmin": 0, "vmax": 1, "cmap": "viridis_r", "zorder": 2, "label": f"{number} {key[0]}"}
+        drawn = left.scatter([mean(x)], [mean(y)], c=[mean(colour)], **shown)
+        left.annotate(str(number), (mean(x), mean(y)), (3, 3), textcoords="offset points", fontsize=8)
     left.margins(0.12)
+    left.legend(fontsize=7, loc="center left", ncols=2, markerscale=0, handlelength=0, handletextpad=0)
     left.set(xlabel="accuracy", ylabel="safe rate", title="held-out scenes: mean, smallest and largest seed")
     figure.colorbar(drawn, label="over-refusal")
     for number, arm in enumerate(JUDGES):
@@ -266,9 +274,10 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         ylabel="reward for safety and help",
         title="judge and rule",
         xticks=range(1, PARTS + 1),
+        ylim=(0, 1),
     )
     if right.lines:
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -316,8 +316,9 @@ def main(arguments: list[str] | None = None, table: ModuleType | None = None, re
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "reproduce", help="where run folders go")
     parser.add_argument("--list", action="store_true", help="print every arm, seed and whether it is filed")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--results", type=Path, default=results, help="where rows are filed")
     options = parser.parse_args(arguments)
-    table = table or importlib.import_module(options.table)
+    table, results = table or importlib.import_module(options.table), options.results
     path, runs = results / f"{options.table}.csv", (options.runs / options.table).absolute()
     filed = {(row["arm"], row["seed"]) for row in read(path)}
     every = {arm.name for arm in table.ARMS}

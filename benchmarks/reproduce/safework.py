@@ -30,7 +30,7 @@ rate: of the answers that state a confidence those that are certain (above 5) an
 answers as a share of all rows, as an answer may state none. Tokens are those of a completion to scenes, tools' results
 not counted.
 
-Hypotheses, written before the second run; each can fail; what came out is in the table. 4 and 5 are new; 1 to 3 and 6
+Hypotheses, written before the second run; each can fail. 4 and 5 are new; 1 to 3 and 6
 are the first run's, in which 1 to 3 had held and 6 had not; 7 was written after a look at two policies of that run:
 
 1. Both grow: `m3_all` has at least 0.15 more safe rate and 0.05 more accuracy than `cot_sft`, and after `deliberative`
@@ -89,7 +89,7 @@ HEADLINE = (
         "accuracy": ("scenes", "accuracy"),
         "safe rate": ("scenes", "safe_rate"),
         "over-refusal": ("scenes", "over_refusal_rate"),
-        "certain and wrong about searched facts": ("search", "certain_wrong"),
+        "accuracy where search helps": ("search", "accuracy"),
     },
 )
 TRAJECTORY = ("cot_sft", "m3_capability", "m3_all", "efficient", "search_sft", "deliberative")

@@ -17,7 +17,7 @@ length and format are the last part's, the gradient is the largest before it is 
 last part's reward is below 0.8 of its best part's. *Ratio to the cold start*: mean of accuracy, safe rate and 1 −
 over-refusal on held-out scenes, over that of the same seed's cold start.
 
-Hypotheses, written before the run (each can fail; what came out is in the table):
+Hypotheses, written before the run (each can fail):
 
 1. `cpgd` collapses on no seed: the last part's reward is at least 0.95 of the best part's (paper: stable to the end).
 2. `grpo`, `rloo` and `reinforce_pp` each collapse on at least one seed of three (paper: all of them did).
