@@ -161,7 +161,7 @@ def table(rows: list[dict[str, str]]) -> str:
     rows = rows + [named | {"seed": row["seed"], "accuracy": row.get("asked_accuracy", "")} for row in plain]
     shown = {"three +": ("scenes", "many_accuracy")} | {n: (n, "accuracy") for n in ("noise", "blur", "occlusion")}
     shown |= {"swapped object": ("swapped_objects", "accuracy"), "follows a note": ("followed_description", "accuracy")}
-    shown |= {"follows its own": ("scenes", "own_followed"), "visual key": ("scenes", "visual_key")}
+    shown |= {"follows a replaced description": ("scenes", "own_followed"), "visual key": ("scenes", "visual_key")}
     shown |= {n.replace("_", " "): ("scenes", n) for n in ("textual_key", "consistency")}
     shown |= {"blank": ("blank", "accuracy"), "without notes": ("without_notes", "accuracy")}
     columns = [summary.over_seeds(rows, *where) for where in shown.values()]
