@@ -73,7 +73,6 @@ published in a form that these arms could stand next to.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -81,10 +80,10 @@ from typing import Any
 
 import summary
 import yaml
-from runner import HERE, Arm, environment, splits, steps
+from runner import HERE, Arm, ask, splits, steps
 
 SEEDS = (0, 1, 2)
-MORE = dict.fromkeys((3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage"))  # five of the headline
+MORE = dict.fromkeys((3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage"))  # five seeds of these
 BASELINE = "cold"
 HEADLINE = (
     ("cold", "two_stage"),
@@ -123,9 +122,8 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def composed(folder: Path, stage: str) -> dict[str, Any]:
-    """:func:`measured`, and :func:`best_of_64` in a process of its own: the runner loads no torch."""
-    asked = [sys.executable, __file__, str(folder)]
-    return measured(folder, stage) | json.loads(subprocess.check_output(asked, env=environment()))
+    """:func:`measured`, and :func:`best_of_64` of the final model."""
+    return measured(folder, stage) | ask(__file__, folder)
 
 
 def best_of_64(folder: Path) -> dict[str, float]:

@@ -286,6 +286,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
 
+def ask(program: str, folder: Path) -> dict[str, Any]:
+    """What a table's own program prints of an ended run, in a process of its own: the runner loads no torch."""
+    return json.loads(subprocess.check_output([sys.executable, program, str(folder)], env=environment()))
+
+
 def _commit() -> str:
     """That of what runs now, with a mark if the checkout differs from it."""
     if not shutil.which("git"):

@@ -77,13 +77,12 @@ that of CANON, its group's later work. The papers' figures, for 7B to 72B models
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runner import Arm, environment, splits, steps
+from runner import Arm, ask, splits, steps
 from summary import cells, markdown, over_seeds, seeds, source, spread
 
 SEEDS = (0, 1, 2)
@@ -118,9 +117,8 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def reflected(folder: Path, stage: str) -> dict[str, Any]:
-    """:func:`measured`, and :func:`recovered` in a process of its own: the runner loads no torch."""
-    asked = [sys.executable, __file__, str(folder)]
-    return measured(folder, stage) | json.loads(subprocess.check_output(asked, env=environment()))
+    """:func:`measured`, and :func:`recovered` of the final model."""
+    return measured(folder, stage) | ask(__file__, folder)
 
 
 def recovered(folder: Path) -> dict[str, float]:

@@ -47,7 +47,6 @@ What came out, written after three seeds (means; differences are paired). Seeds 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +54,7 @@ from typing import Any
 
 import numpy as np
 import summary
-from runner import Arm, environment
+from runner import Arm, ask
 
 SEEDS = (0, 1, 2)
 MORE = dict.fromkeys((3, 4), ("sft", "full", "plain", "plain_rl", "sft_plain_rl"))  # the headline with five seeds
@@ -80,8 +79,8 @@ PAPER = """| the paper's, 7B | MathVista | MMMU | EMMA | AI2D | Creation-MMBench
 
 
 def measured(folder: Path, stage: str) -> dict[str, Any]:
-    """:func:`quality` of the run's final model, in a process of its own: the runner loads no torch."""
-    return json.loads(subprocess.check_output([sys.executable, __file__, str(folder)], env=environment()))
+    """:func:`quality` of the run's final model."""
+    return ask(__file__, folder)
 
 
 def _arm(name: str, start: str | None = None, more: dict[str, Any] | None = None, **settings: Any) -> Arm:
