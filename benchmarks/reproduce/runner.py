@@ -287,8 +287,9 @@ def environment() -> dict[str, str]:
 
 
 def ask(program: str, folder: Path) -> dict[str, Any]:
-    """What a table's own program prints of an ended run, in a process of its own: the runner loads no torch."""
-    return json.loads(subprocess.check_output([sys.executable, program, str(folder)], env=environment()))
+    """What a table's own program prints last of an ended run, in a process of its own: the runner loads no torch."""
+    printed = subprocess.check_output([sys.executable, program, str(folder)], env=environment())
+    return json.loads(printed.splitlines()[-1])  # a library may warn on the same stream
 
 
 def _commit() -> str:
