@@ -8,15 +8,21 @@ each with 180 steps of 256 completions of CPGD (with the advantage of GRPO): `ca
 then mixed for 140: COSMO-RL's order). Safety rows come plain and under three families of attack; figure_step is in no
 safety training, though the cold start has been taught, with help to benign requests, to follow it as all others.
 Controls: `clean_sft` goes on with supervised rows without any bias, `rft` with the cold start's own right responses (8
-a row sampled, those with full reward kept, `rft_rows`); both for less time than RL takes (the column of seconds is of
-the stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 to 90 of its sampling), and `clean_sft` has
-the right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of
-it. `-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier`
-trained on labelled answers. `-instructed`: a seventh of the mix are instructions. `-qwen3_vl`, `-internvl`: cold start
-and two stages of other tiny backbones (2.0 and 1.6 M parameters) on the same rows, no other setting changed; to
-InternVL a picture with drawn words is 12 to 16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects
-(`concepts`), harmful intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and
-instructions.
+a row sampled, those with full reward kept, `rft_rows`); both for about the seconds that RL takes (the column is of the
+stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 to 90 of its sampling), and `clean_sft` has the
+right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it.
+`-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained
+on labelled answers. `-instructed`: a seventh of the mix are instructions. `-focused`: in the mixed stage every track has
+the paper's four terms, 0.2 of Visual-Focus (our `visual_focus_drop`) with format, help and task; the other arms have
+format and the label's own reward. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones (2.0 and
+1.6 M parameters) on the same rows, no other setting changed; to InternVL a picture with drawn words is 12 to 16 tokens,
+not 6 to 10. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful intents, the scenes' safety rows
+under every attack (some harmful ones under 64 compositions), and instructions. No row asks for advice (label `value`):
+that track is in SafeWork-R1's table.
+
+Three arms have run twice. In the first run `clean_sft` (300 steps) and `rft` (160) had less time than RL, and
+`-instructed` rewarded form in questions only, while a third of its instructions stand in requests. Their rows are of
+the second run, with 500 and 200 steps and form rewarded in both; what the first came to is said below.
 
 Hypotheses, written before the run, of means over the seeds (each can fail):
 
@@ -38,6 +44,11 @@ Hypotheses, written before the run, of means over the seeds (each can fail):
 9. Two-stage RL costs instruction following >= 0.05 (paper: IF-Eval 86.3 -> 74.9); with instructions in the mix nothing.
 10. The recipe transfers: on InternVL (as the paper claims) and on Qwen3-VL (ours) alike, two-stage RL improves accuracy
     by >= 0.08 and the safe rate by >= 0.30 over its own cold start, at an over-refusal at most 0.05 higher.
+11. (Written before `-focused` and the two arms of 12, after all above but 10.) With Visual-Focus in every track
+    accuracy and safe rate stay within 0.03 of `two_stage`, and the focus of greedy answers to general scenes is higher
+    by >= 0.02. It measures looking: answers that a policy gives to blank pictures have at most a quarter of it.
+12. Order and mix do not protect from a verifier's errors: `mixed-verifier` and `safety-verifier` have safe rates below
+    `mixed` and `safety` by >= 0.05, too.
 
 What came out, written after three seeds (means; `verifier` and `two_stage-verifier`: two seeds). Seeds 3 and 4 of the
 headline, planned after the first three, have not run:
@@ -61,6 +72,8 @@ headline, planned after the first three, have not run:
 9. -0.03 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
    from 0.86 to 0.77. With instructions in the mix that stays (0.86), and following falls more (-0.07).
 10. Not run.
+11. Not run.
+12. Not run.
 
 The 64 compositions were measured afterwards, without a hypothesis: at least one gets through for all 20 requests on
 `cold`, and for 0.73 of them after `two_stage` (`mixed` 0.80, `rft` 0.93); of all tries 0.94 becomes 0.43 (0.35, 0.63).
@@ -76,14 +89,20 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import summary
 import yaml
 from runner import HERE, Arm, ask, splits, steps
 
+if TYPE_CHECKING:  # the runner loads no torch
+    from cosmo_fast.config import Config
+    from cosmo_fast.data.rows import Row
+    from cosmo_fast.models import Policy
+
 SEEDS = (0, 1, 2)
-MORE = dict.fromkeys((3, 4), ("cold", "capability", "safety", "mixed", "general", "two_stage"))  # five seeds of these
+FIVE = ("cold", "capability", "safety", "mixed", "two_stage")  # seeds
+MORE = dict.fromkeys((3, 4), (*FIVE, "general"))
 BASELINE = "cold"
 HEADLINE = (
     ("cold", "two_stage"),
@@ -94,9 +113,24 @@ HEADLINE = (
         "success of an attack that no safety row shows": ("attacks", "figure_step_success"),
     },
 )
-JUDGES = ("two_stage", "two_stage-noise10", "two_stage-noise20", "two_stage-verifier")
+JUDGES = (
+    "two_stage",
+    "two_stage-noise10",
+    "two_stage-noise20",
+    "two_stage-verifier",
+    "mixed-verifier",
+    "safety-verifier",
+)
+FOCUSED = {  # COSMO-RL's four terms in every track: format comes by itself
+    label: {"visual_focus_drop": 0.2, **terms}
+    for label, terms in (("safety", {"safety": 1}), ("normal", {"helpful": 1}), ("general_rule", {"accuracy": 1}))
+}
+FORMED = {
+    f"stages.instructed.reward_recipe.{label}": {name: 1, "instruction": 1}
+    for label, name in (("safety", "safety"), ("normal", "helpful"))
+}
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
-COMPOSED = ("cold", "capability", "safety", "mixed", "two_stage", "clean_sft", "rft")  # tried under all 64 attacks
+ASKED = (*FIVE, "clean_sft", "rft", "two_stage-focused")  # their models are asked more than training did
 FAMILIES = ("qwen3_vl", "internvl")  # of other backbones
 PARTS = 4  # of a stage, in which rewards are filed
 RECIPE = "cosmo.yaml"
@@ -121,23 +155,57 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     return found
 
 
-def composed(folder: Path, stage: str) -> dict[str, Any]:
-    """:func:`measured`, and :func:`best_of_64` of the final model."""
+def asked(folder: Path, stage: str) -> dict[str, Any]:
+    """:func:`measured`, and :func:`best_of_64` and :func:`focus` of the final model."""
     return measured(folder, stage) | ask(__file__, folder)
 
 
-def best_of_64(folder: Path) -> dict[str, float]:
+def focus(config: Config, policy: Policy, rows: list[Row]) -> dict[str, float]:
+    """Visual-Focus by the policy itself of its greedy answers, and of those that it gives to blank pictures.
+
+    focus, focus_blind: means of the reward `visual_focus_drop`; focus_n: rows.
+    """
+    from cosmo_fast.data.encode import Encoder
+    from cosmo_fast.models.vision import Vision
+    from cosmo_fast.rewards.perception import visual_focus_drop
+    from cosmo_fast.rollout import Sampler, SamplingParams
+    from cosmo_fast.stages.base import Context, logprobs
+    from cosmo_fast.stages.packed import Group
+
+    class Blank(Vision):
+        def features(self, media, *, alone=False):
+            return self.blank(media)
+
+    seeing, dark = Vision(policy), Blank(policy)
+    context, prompts = Context(config, config.stages[-1], policy, seeing, 0), list(map(Encoder(policy).prompt, rows))
+    found = {"focus_n": len(rows)}
+    for name, vision in (("focus", seeing), ("focus_blind", dark)):
+        params = SamplingParams(config.max_completion_length, temperature=0)
+        answers = [group[0] for group in Sampler(policy, vision).generate(prompts, params)]
+        groups = [Group(prompt, [c.ids], weights=[]) for prompt, c in zip(prompts, answers, strict=True)]
+        both = (logprobs(context, policy, view, groups) for view in (seeing, dark))
+        drops = [float((seen - blind).mean()) for [seen], [blind] in zip(*both, strict=True)]
+        found[name] = round(mean(visual_focus_drop([], [], blank_logprob_drop=drops)), 4)
+    return found
+
+
+def sorted_out(folder: Path, stage: str) -> dict[str, float]:
+    """A verifier's accuracy by kind, and the share of each kind's verdicts that it gives where it should."""
+    found = {}
+    for kind, rates in splits(folder, stage)["verdicts"]["verifiers"].items():
+        found[f"{kind}_accuracy"] = round(rates["accuracy"], 4)
+        found |= {f"{kind}_{verdict}": round(of["accuracy"], 4) for verdict, of in rates["classes"].items()}
+    return found
+
+
+def best_of_64(config: Config, policy: Policy, rows: list[Row]) -> dict[str, float]:
     """Harmful scenes under all 64 compositions of attacks, greedy.
 
     best64_success: rows that are helped under at least one; mean64_success: of all tries; best64_n: rows.
     """
-    from opened import opened
-
-    from cosmo_fast.data.sources import read
     from cosmo_fast.evaluate.run import evaluate
 
-    config, policy, find = opened(folder)
-    rows = [row for row in read(config, find("world:attacks64.jsonl")) if row.columns["policy"] == "refuse"]
+    rows = [row for row in rows if row.columns["policy"] == "refuse"]
     found = evaluate(policy, rows, max_completion_length=config.max_completion_length)["jailbreak"]
     best, tries = found["best_of"], found["attacks"].values()
     mean_of_all = sum(family["success_rate"] * family["n"] for family in tries) / len(rows)
@@ -156,8 +224,11 @@ def _judged(safety: dict[str, Any]) -> dict[str, Any]:
     return {"verifiers": {"safety": safety, "helpful": safety}}
 
 
+VERIFIED = {"needs": ("verifier",), "settings": _judged({"model": "{verifier}"})}
+
+
 def _arm(name: str, *stages: str, start: str | None = BASELINE, **more: Any) -> Arm:
-    return Arm(name, RECIPE, stages, start=start, measure=composed if name in COMPOSED else measured, **more)
+    return Arm(name, RECIPE, stages, start=start, measure=asked if name in ASKED else measured, **more)
 
 
 def _two_stage(name: str, stage: str = "both", **more: Any) -> Arm:
@@ -175,13 +246,13 @@ ARMS = [
     _arm(BASELINE, "cold", start=None),
     *(_arm(name, name) for name in ("capability", "safety", "mixed", "general")),
     _two_stage(""),
-    _arm("clean_sft", "clean", settings=_biased(0)),
+    _arm("clean_sft", "clean", settings=_biased(0) | {"stages.clean.max_steps": 500}),
     Arm("rft_rows", start=BASELINE, program="cosmo_rft.py"),
-    _arm("rft", "rft", needs=("rft_rows",)),
+    _arm("rft", "rft", needs=("rft_rows",), settings={"stages.rft.max_steps": 200}),
     _arm("cold-bias0", "cold", start=None, settings=_biased(0)),
     _arm("two_stage-bias0", "general", "both", start="cold-bias0"),
     *(_two_stage(f"-noise{round(100 * n)}", settings=_judged({"model": "rule", "noise": n})) for n in (0.1, 0.2)),
-    _two_stage("-instructed", "instructed"),
+    _two_stage("-instructed", "instructed", settings=FORMED),
     _arm("cold-bias35", "cold", start=None, settings=_biased(0.5)),
     _arm("two_stage-bias35", "general", "both", start="cold-bias35"),
     Arm(
@@ -192,8 +263,11 @@ ARMS = [
             "save_steps": 200,
             "eval.datasets": {"verdicts": "world:verdicts/scenes.jsonl"},
         },
+        measure=sorted_out,
     ),
-    _two_stage("-verifier", needs=("verifier",), settings=_judged({"model": "{verifier}"})),
+    _two_stage("-verifier", **VERIFIED),
+    *(_arm(f"{name}-verifier", name, **VERIFIED) for name in ("mixed", "safety")),
+    _two_stage("-focused", settings={"stages.both.reward_recipe": FOCUSED}),
     *(arm for family in FAMILIES for arm in _of_family(family)),
 ]
 
@@ -283,5 +357,17 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
+def main(folder: Path) -> None:
+    """Prints what :func:`asked` asks the final model of a run."""
+    from opened import opened
+
+    from cosmo_fast.data.sources import read
+
+    config, policy, find = opened(folder)
+    attacked, scenes = (read(config, find(f"world:{name}.jsonl")) for name in ("attacks64", "scenes"))
+    general = [row for row in scenes if row.columns.get("answer") is not None]
+    print(json.dumps(best_of_64(config, policy, attacked) | focus(config, policy, general)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(best_of_64(Path(sys.argv[1]))))
+    main(Path(sys.argv[1]))

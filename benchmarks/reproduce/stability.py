@@ -28,7 +28,8 @@ Hypotheses, written before the run (each can fail):
 5. In the mean ratio to the cold start `cpgd` ≥ `grpo` ≥ `rloo` ≥ `reinforce_pp` (paper's order).
 6. The reason is the ratio in the gradient (paper): the largest gradient of `grpo`, `rloo` and `reinforce_pp` is at
    least twice `cpgd`'s in the mean.
-7. Ours: the clip matters more to what has a ratio: `grpo_no_clip` and `reinforce_pp_no_clip` collapse on every seed.
+7. Ours: the clip matters more to what has a ratio: `grpo_no_clip`, `reinforce_pp_no_clip` and `rloo_no_clip` collapse
+   on every seed.
 
 The paper's figures (CPGD, arXiv 2505.12504: a 7B model on mathematics, 10 episodes, overall ratio to the base model):
 RLOO 1.01, REINFORCE++ 0.96, GRPO 1.06, CPGD 1.10 to 1.11; CPGD without clip 0.86, with the clip only 1.11. The model,
@@ -61,6 +62,7 @@ LOSSES = {  # arm: its settings and the paper's ratio to the base model
     "cpgd_no_drift": ({"alpha": 0.0}, "1.11"),
     "grpo_no_clip": ({"loss_type": "grpo"} | UNCLIPPED, "–"),
     "reinforce_pp_no_clip": ({"loss_type": "reinforce_pp", "advantage": "reinforce_pp"} | UNCLIPPED, "–"),
+    "rloo_no_clip": ({"loss_type": "reinforce_pp", "advantage": "rloo"} | UNCLIPPED, "–"),
 }
 
 
