@@ -42,7 +42,7 @@ from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
 from cosmo_fast.stages.state import StageState, check_metrics, rules
-from cosmo_fast.verifiers.engine import Verifiers
+from cosmo_fast.verifiers.engine import Verifiers, unasked
 
 
 class Trainer:
@@ -115,7 +115,8 @@ class Trainer:
             prompts = [self.encoder.prompt(row) for row in rows]
             params = SamplingParams(config.max_completion_length, temperature=0)
             own_sampler(config, self.policy, self.vision).store_rows(prompts, params, 1)
-            measured |= rates(name, score([row.columns for row in rows], [""] * len(rows)))  # or a row cannot be judged
+            columns = [row.columns | unasked(config.verifiers, row.columns) for row in rows]
+            measured |= rates(name, score(columns, [""] * len(rows)))  # or a row cannot be judged
             measured[f"eval/{name}/mean_length"] = 0.0
         for stage in config.stages:
             _at(f"stage {stage.name!r}", self.policy.freeze, stage.frozen)
@@ -138,7 +139,7 @@ class Trainer:
             else:
                 longest = [[0] * self.config.max_completion_length] * stage.num_generations
                 sizes = [GroupSize.of(p, longest) for p in prompts]
-                check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts)
+                check_rewards(f"stage {stage.name!r}", self.reward_mixes[stage.name], prompts, self.config.verifiers)
                 if self.verifiers:
                     self.verifiers.check(prompts, self.reward_mixes[stage.name])
                 params = sampling_params(self.config, stage)
@@ -321,6 +322,7 @@ class Trainer:
                 max_tokens=self.config.max_tokens_per_batch,
                 kv_cache_mib=self.config.kv_cache_mib,
                 vision_prune=self.config.vision_prune,
+                verifiers=self.verifiers,
             )
         return splits
 

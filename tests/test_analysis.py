@@ -64,6 +64,7 @@ def test_p_values_of_independent_states_are_uniform():
     assert np.abs(p - (np.arange(100) + 0.5) / 100).max() < 0.16  # Kolmogorov's 1 % bound for 100
     assert abs(found["z"].mean()) < 0.3 and 0.5 < found["z"].std() < 1.5
     assert (found["p_family"] > 0.01).all() and (found["p_family"] >= found["p"] - 0.02).mean() > 0.95
+    assert (found["own_p_family"].min(1) <= info.ALPHA).mean() <= 0.25  # of 12 responses without any peak
 
 
 def test_a_planted_dependence_is_found_where_it_was_planted_and_in_the_responses():
@@ -77,6 +78,9 @@ def test_a_planted_dependence_is_found_where_it_was_planted_and_in_the_responses
     assert found["n"].tolist() == [24] * 12 + [16, 8]
     assert np.nanmean(found["own"], axis=0).argmax() == 11 and (found["own"][:, 11] > 0).mean() > 0.7
     assert np.isnan(found["own"][2, 12]) and not np.isnan(found["own"][0]).any()
+    significant = found["own_p_family"] <= info.ALPHA
+    assert significant[:, 11].mean() > 0.3 and np.delete(significant, 11, 1).mean() < 0.02
+    assert np.isnan(found["own_p_family"][2, 12])
 
 
 def test_states_that_are_all_the_same_tell_nothing():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from tiny import save_pictures
 from transformers import AutoModelForImageTextToText
 
+from cosmo_fast import cli
 from cosmo_fast.config import Config, ConfigError, load_config
 from cosmo_fast.data.check import check_rewards
 from cosmo_fast.data.encode import Encoder
@@ -113,7 +115,9 @@ def test_a_checkpoint_wakes_once_and_only_for_a_label_that_needs_it(folder, tmp_
     assert [row["verifier_unparsable"] for row in run([2])] == [0.0] and woken == [
         verifiers.engines[str(tmp_path / "other")]
     ]
-    assert run([3]) == run([0], ["<think>x</think> "]) == [{"verifier_scores": {}}] and not woken  # a blank answer
+    assert run([3]) == [{"verifier_scores": {}, "verifier_verdicts": {}}] and not woken
+    blank = {"verifier_scores": {}, "verifier_verdicts": {"safety": "unparsable"}}
+    assert run([0], ["<think>x</think> "]) == [blank] and not woken
 
 
 def test_a_verifier_that_is_missing_is_an_error_before_work_begins(folder, picture):
@@ -149,8 +153,9 @@ def test_chances_and_p_scores_are_those_of_transformers_own_forward(folder, pict
     assert p_score(0.9, 0.05) == pytest.approx((0.9 + 1 - 0.05) / 2) and p_score(0, 1) == 0 and p_score(1, 0) == 1
     engine.chances = lambda prompts, words: np.array([[0.7, 0.2], [0.1, 0.3]])
     rows = verifiers(prompts, ["<think>x</think>luck"] * 2, [["knowledge"]] * 2, 0)
-    assert rows[0] == {"verifier_scores": {"knowledge": pytest.approx(0.75)}, "verifier_unparsable": 0.0}
-    assert rows[1] == {"verifier_scores": {"knowledge": 0.0}, "verifier_unparsable": 1.0}  # neither
+    assert [row["verifier_scores"]["knowledge"] for row in rows] == [pytest.approx(0.75), 0.0]
+    assert [row["verifier_unparsable"] for row in rows] == [0.0, 1.0]  # the second says neither
+    assert [row["verifier_verdicts"]["knowledge"] for row in rows] == ["TRUE", "unparsable"]
 
 
 def test_a_thought_is_judged_only_where_asked_and_multiplies(folder, picture, monkeypatch):
@@ -255,3 +260,58 @@ def test_a_run_rewards_by_the_verifier_and_logs_the_worlds_judge_beside_it(recip
                                        "--stages.rl.reward_recipe={'*': {accuracy: 1.0}}"])  # fmt: skip
     with pytest.raises(ConfigError, match=r"verifiers \['general'\]: no stage"):
         Trainer(unused)
+
+
+@pytest.fixture
+def unjudged(small_world, tmp_path):
+    """A data folder of the world's rows without their judges."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copytree(small_world / "images", folder / "images")
+    for name in ("train", "rl", "rl_safety", "scenes"):
+        rows = map(json.loads, (small_world / f"{name}.jsonl").read_text().splitlines())
+        kept = [{key: value for key, value in row.items() if key != "judge"} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("verdict", "safe", "refused"), [("safe_refusal", 1.0, 0.0), ("unnecessary_refusal", 0.0, 1.0)]
+)
+def test_verifiers_give_the_rates_of_rows_that_have_no_judge(
+    recipe, small_world, unjudged, tmp_path, monkeypatch, capsys, verdict, safe, refused
+):
+    """In rollouts, between stages, in `data check` and in `evaluate`; without a verifier that is an error."""
+    monkeypatch.setattr(Engine, "said", lambda self, prompts, n: [verdict] * len(prompts))
+    monkeypatch.setattr("cosmo_fast.evaluate.metrics.answer_text", lambda text: "I said it.")  # it closes no thought
+    monkeypatch.setattr(engines, "answer_text", lambda text: "I said it.")
+    short = ["--stages.cold.max_steps=1", "--stages.cold.warmup_steps=0", "--stages.rl.max_steps=1", "--eval.limit=12"]
+    short += [
+        f"--data_dir={unjudged}",
+        "--stages.cold.train_dataset=train.jsonl",
+        "--eval.datasets={scenes: scenes.jsonl}",
+    ]
+    short += ["--stages.rl.train_dataset={rl_safety.jsonl: 1, rl.jsonl: 1}"]
+    flags = [f"--verifiers.{kind}.model={small_world}/model" for kind in ("safety", "helpful")]
+    with pytest.raises(ConfigError, match=r"rl_safety.jsonl:1.*no column 'judge'.*set verifiers\.safety\.model"):
+        Trainer(load_config(str(recipe), short))
+    summary = Trainer(load_config(str(recipe), short + flags)).train()
+    row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (row["safety/safe_rate"], row["safety/over_refusal_rate"]) == (safe, refused)
+    assert not any("gold" in name for name in row)  # there is no judge to compare with
+    found = summary["stages"][-1]["splits"]["scenes"]
+    assert (found["safe_rate"], found["over_refusal_rate"]) == (safe, refused) and found["safe_rate_n"] > 1
+    data = str(unjudged / "rl_safety.jsonl")
+    assert cli.main(["data", "check", data, "--recipe", str(recipe), *short]) == 1
+    assert cli.main(["data", "check", data, "--recipe", str(recipe), *short, *flags]) == 0
+    asked = ["evaluate", str(tmp_path / "run"), str(unjudged / "scenes.jsonl"), "--limit", "12"]
+    asked += ["--max-completion-length", "8"]
+    capsys.readouterr()
+    assert cli.main(asked) == 2 and "set verifiers." in capsys.readouterr().err
+    verifiers = [part for kind in ("safety", "helpful") for part in ("--verifier", f"{kind}={small_world}/model")]
+    assert cli.main(asked + verifiers) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["safe_rate"], found["over_refusal_rate"]) == (safe, refused)
+    judged = [*asked[:2], str(small_world / "scenes.jsonl"), *asked[3:]]
+    assert cli.main(judged + verifiers) == 2 and "has a judge" in capsys.readouterr().err
+    assert cli.main([*asked, "--verifier", "nice=x"]) == 2 and "want KIND=FOLDER" in capsys.readouterr().err

@@ -49,7 +49,8 @@ def information(states: Sequence[Tensor], references: Tensor, *, seed: int = 0) 
     Returns:
         n, hsic, z ((hsic − the null's mean)/its std), p (T,); p_family (T,): against the null's largest z of all
         positions, for peaks are searched everywhere; own (N, T): the response's part, n·HSIC − (n − 1)·(HSIC without
-        it), in the null's std, NaN after its end.
+        it), less its own null's mean, in its own null's std; own_p_family (N, T): against its null's largest part of
+        all its positions. NaN after its end.
 
     Raises:
         ValueError: fewer than MIN_ROWS responses, or not as many references.
@@ -59,19 +60,34 @@ def information(states: Sequence[Tensor], references: Tensor, *, seed: int = 0) 
         raise ValueError(f"{len(states)} responses, {len(references)} references: want the same, at least {MIN_ROWS}")
     steps = int(np.sort(lengths)[-MIN_ROWS])
     keys, whole = np.random.default_rng(seed).random((PERMUTATIONS, len(states))), _kernel(references)
-    found, null, own = np.zeros(steps), np.zeros((steps, PERMUTATIONS)), np.full((len(states), steps), np.nan)
+    found, null = np.zeros(steps), np.zeros((steps, PERMUTATIONS))
+    own, nulls = np.full((len(states), steps), np.nan), np.full((len(states), steps, PERMUTATIONS), np.nan)
     for t in range(steps):
         at = np.flatnonzero(lengths > t)
         k, y = _kernel(torch.stack([states[i][t] for i in at])), whole[at][:, at]
         found[t] = _hsic(k, y)
-        null[t] = [_hsic(k, y[order][:, order]) for order in torch.from_numpy(keys[:, at].argsort(1))]
         own[at, t] = _own(k, y)
+        for i, order in enumerate(torch.from_numpy(keys[:, at].argsort(1))):
+            nulls[at, t, i] = _own(k, y[order][:, order])
+        null[t] = nulls[at, t].mean(0)  # that of the parts is the whole
     mean, std = null.mean(1), null.std(1)
     std[std == 0] = np.inf  # all states or all references are the same
     z, highest = (found - mean) / std, ((null - mean[:, None]) / std[:, None]).max(0)
     p, family = ((1 + (a >= b[:, None]).sum(1)) / (1 + PERMUTATIONS) for a, b in ((null, found), (highest, z)))
     n = (lengths[:, None] > np.arange(steps)).sum(0)
-    return {"n": n, "hsic": found, "z": z, "p": p, "p_family": family, "own": own / std}
+    own, own_family = _parts(own, nulls)
+    result = {"n": n, "hsic": found, "z": z, "p": p, "p_family": family}
+    return result | {"own": own, "own_p_family": own_family}
+
+
+def _parts(own: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Parts (N, T) and their null (N, T, PERMUTATIONS) as z, and each z's p-value over its response's positions."""
+    mean, std = null.mean(2), null.std(2)
+    std[std == 0] = np.inf
+    z = (own - mean) / std
+    highest = np.nanmax((null - mean[..., None]) / std[..., None], axis=1)
+    family = (1 + (highest[:, None] >= z[..., None]).sum(2)) / (1 + PERMUTATIONS)
+    return z, np.where(np.isnan(z), np.nan, family)
 
 
 def peaks(
@@ -83,8 +99,8 @@ def peaks(
     States are the last layer's, after its norm, at the token itself; a reference is read without its prompt, up to the
     end token: with it every token that knows the prompt would be informative. positions: each with the token that
     stands there most often; a peak has a z above Q3 + 1.5·(Q3 − Q1) of all and p_family <= ALPHA. responses: each
-    one's peaks by the same fence over its own parts, z = (value − mean)/std of these. tokens: how often a
-    text is such a peak, and how often it is there.
+    one's peaks by the same rule over its own parts and own_p_family. tokens: how often a text is such a peak, and how
+    often it is there.
 
     Raises:
         ValueError: no harmful row, too few, or one without a safe answer.
@@ -98,12 +114,12 @@ def peaks(
     measured = information(
         _states(sampler, prompts, [c.ids for c in drawn]), torch.stack([s[-1] for s in ends]), seed=seed
     )
-    parts, width = measured.pop("own"), len(measured["z"])
+    parts, width, families = measured.pop("own"), len(measured["z"]), measured.pop("own_p_family")
     words, tops, responses = [[tokenizer.decode([i]) for i in c.ids] for c in drawn], Counter(), []
-    for row, said, values in zip(chosen, words, parts, strict=True):
-        own = values[: len(said)]
-        z = (own - own.mean()) / (own.std() or 1)
-        found = [{"position": int(t), "token": said[t], "z": z[t]} for t in np.flatnonzero(_high(own))]
+    for row, said, values, p in zip(chosen, words, parts, families, strict=True):
+        z = values[: len(said)]
+        high = np.flatnonzero(_high(z) & (p[: len(said)] <= ALPHA))
+        found = [{"position": int(t), "token": said[t], "z": z[t], "p_family": p[t]} for t in high]
         responses.append({"source": row.source, "tokens": said, "peaks": found})
         tops.update(peak["token"] for peak in found)
     there = Counter(word for said in words for word in said[:width])

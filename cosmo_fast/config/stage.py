@@ -110,6 +110,8 @@ class StageConfig(Strict):
     dynamic_sample_reward: str | None = None  # the reward that must differ (rows without it: the sum); default: the sum
     max_resample_times: int = Field(default=3, gt=0)  # further samplings a rollout, at most
     resample_exhausted: Literal["fill", "error"] = "fill"  # then: go on with such groups, or stop
+    # rollouts in a row in which no group has rewards that differ, so that nothing is learned: the stage ends
+    max_tied_rollouts: int | None = Field(default=20, gt=0)
     reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # reward -> argument -> value
     reward_timeout: float = Field(default=600.0, gt=0)  # seconds that one call of a reward may take
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmo_fast.config import Config, ConfigError, StageConfig
+from cosmo_fast.config import Config, ConfigError, StageConfig, VerifierConfig
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import Row, load_rows
 from cosmo_fast.data.sources import fit, read, world_resolver
@@ -18,7 +18,7 @@ from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.plan import GroupSize, Prompt, micro_batches
 from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
 from cosmo_fast.rewards.mix import RewardFunction
-from cosmo_fast.verifiers.engine import rewarded
+from cosmo_fast.verifiers.engine import rewarded, unasked
 
 
 def at(where: str, check: Callable, *arguments) -> Any:
@@ -52,9 +52,11 @@ def reward_mix(config: Config, stage: StageConfig, reward_funcs: Mapping[str, Re
     return mix
 
 
-def check_rewards(where: str, mix: RewardMix, prompts: Sequence[Prompt | Row]) -> None:
+def check_rewards(
+    where: str, mix: RewardMix, prompts: Sequence[Prompt | Row], verifiers: Mapping[str, VerifierConfig] | None = None
+) -> None:
     """ValueError for a row without a recipe, or one that its reward or its judge cannot deal with."""
-    columns = [p.columns | STAGE_COLUMNS for p in prompts]
+    columns = [p.columns | STAGE_COLUMNS | unasked(verifiers or {}, p.columns) for p in prompts]
     for prompt in prompts:
         at(prompt.source, mix.recipe, prompt.columns)
     if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
@@ -112,11 +114,11 @@ def _as_read_by(stage: StageConfig | None, config: Config, policy: Policy) -> Ca
     def check(row: Row) -> None:
         prompt = encoder.prompt(row)
         if stage is None:
-            score([row.columns], [""])
+            score([row.columns | unasked(config.verifiers, row.columns)], [""])
             return
         fit({row.source: ([row], 1.0)}, stage, whole=False)
         if mix:
-            check_rewards(row.source, mix, [row])
+            check_rewards(row.source, mix, [row], config.verifiers)
         responses = [[0] * config.max_completion_length] * stage.num_generations if mix else [encoder.target(row)]
         micro_batches([GroupSize.of(prompt, responses)], config.max_tokens_per_batch)
 

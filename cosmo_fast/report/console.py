@@ -24,6 +24,7 @@ SHOWN = (
     ("accuracy", "accuracy", "{:.3f}"),
     ("safety/safe_rate", "safe", "{:.3f}"),
     ("safety/over_refusal_rate", "over-refusal", "{:.3f}"),
+    ("frac_reward_zero_std", "tied", "{:.2f}"),  # groups that teach nothing
     ("perf/tokens_per_s", "tokens/s", "{:,.0f}"),
 )
 RATES = (

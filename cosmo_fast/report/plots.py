@@ -24,6 +24,7 @@ CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
         "share of responses",
         {"value_rate": "good advice", "knowledge_rate": "known", "instruction_rate": "all instructions followed"},
     ),
+    "tied": ("Groups whose rewards are all equal", "share of groups", {"frac_reward_zero_std": "they teach nothing"}),
     "entropy": ("Entropy of the policy", "entropy (nats a token)", {"entropy": "entropy"}),
     "kl": ("Divergence", "KL (nats a token)", {"kl": "to the reference", "rollout/kl": "sampler to trainer"}),
     "length": ("Response length", "length (tokens)", {"completions/mean_length": "mean length"}),

@@ -2,8 +2,9 @@
 
 A row names its judge in the column `judge`; JUDGES maps the name to a function verdict(answer, columns) -> str, where
 answer is the text after `</think>` and columns the row, whose `label` says which verdict is wanted: one of
-VERDICTS[label]. The embedded world writes "judge": "world" into its rows. A row without a judge, or with one that is
-not there, is an error: never a silent 1.
+VERDICTS[label]. The embedded world writes "judge": "world" into its rows. For a row without one a verifier has to give
+the verdict, which then stands in the column `verifier_verdicts`, {kind: verdict}. A row with neither, or with a judge
+that is not there, is an error: never a silent 1.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -48,6 +49,7 @@ VERIFIED: dict[str, tuple[str, tuple[str, ...]]] = {
     "knowledge": ("knowledge", ("knowledge",)),
     "general": ("general", ("general",)),
 }
+KINDS = {asked: kind for kind, (asked, _) in VERIFIED.items()}  # label -> the verifier of its verdicts
 
 
 def _by_verdict(kind: str, judged_only: Collection[str] = ()) -> Callable[..., list[float | None]]:
@@ -91,17 +93,25 @@ helpful = _by_verdict("helpful", ("knowledge_rule",))  # a rule grades those
 GOLD = {f"{kind}_gold": _by_verdict(kind, VERIFIED[kind][1]) for kind in VERIFIED}
 
 
+def has_verdict(row: Mapping[str, Any], kind: str) -> bool:
+    """Whether the row's judge or a verifier of the kind gives the verdict."""
+    return row.get("judge") is not None or kind in row.get("verifier_verdicts", {})
+
+
 def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked: str | None = None) -> str:
     """The verdict of the row's judge on an answer, one of VERDICTS[asked]; by default `asked` is the row's label.
 
-    "unparsable" for a blank answer.
+    "unparsable" for a blank answer. Of a row without a judge: the verifier's, where one was asked about this answer.
 
     Raises RewardError when the row has no judge, the judge is unknown, or it gives a verdict out of the list.
     """
-    judge = row.get("judge")
+    judge, kind = row.get("judge"), KINDS.get(asked or row.get("label"))
+    if judge is None and kind in row.get("verifier_verdicts", {}):
+        return row["verifier_verdicts"][kind]
     if judge not in JUDGES:
         what = "has no column 'judge'" if judge is None else f"names the unknown judge {judge!r}"
-        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}; or set verifiers in the recipe")
+        which = "verifiers" if kind is None else f"verifiers.{kind}.model"
+        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}; or set {which} in the recipe")
     if not answer.strip():
         return "unparsable"
     verdict = JUDGES[judge](answer, row if asked is None else {**row, "label": asked})

@@ -24,6 +24,7 @@ from cosmo_fast.stages.base import Context, accumulate, kept_share, logprobs, ow
 from cosmo_fast.stages.packed import Group
 from cosmo_fast.stages.rl_metrics import mismatch, rollout_metrics
 from cosmo_fast.stages.rollout import Rollout
+from cosmo_fast.stages.state import TIED
 
 if TYPE_CHECKING:  # it imports this package
     from cosmo_fast.verifiers.engine import Verifiers
@@ -116,9 +117,11 @@ class RLStage:
         used, extra = list(range(wanted)), {}
         if stage.dynamic_sample:
             rollout, used, extra = self._refilled(rollout, wanted, step, weights)
-        logged = rollout_metrics(rollout.mixed, rollout.completions, rollout.texts, rollout.owner, each) | extra
+        logged = rollout_metrics(rollout, each) | extra
         logged |= {f"reward_weights/{label}/{n}": w for label, by_name in weights.items() for n, w in by_name.items()}
         logged |= {f"constraints/{name}/lambda": value for name, value in state.multipliers.items()}
+        if state.count_tied(logged["frac_reward_zero_std"]) and context.ranks.first:
+            context.note(f"{stage.name}, step {step}: {TIED}")
         chosen = rollout.only(used, each)
         started = time.perf_counter()
         group_index = torch.arange(wanted).repeat_interleave(each)
@@ -160,11 +163,11 @@ class RLStage:
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         chosen = [p.reuse(g[0].kept) for p, g in zip(ranks.share(prompts), generated, strict=True)]
         owner = [p for p in chosen for _ in range(each)]
-        mixed = self._rewarded(owner, completions, texts, weights, step_seed(seed, 3, ranks.rank))
-        shares = ranks.gather((completions, texts, mixed))
-        completions, texts = ([x for share in shares for x in share[i]] for i in (0, 1))
+        judged, mixed = self._rewarded(owner, completions, texts, weights, step_seed(seed, 3, ranks.rank))
+        shares = ranks.gather((completions, texts, judged, mixed))
+        completions, texts, judged = ([x for share in shares for x in share[i]] for i in range(3))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
-        return Rollout(owner, completions, texts, mixed, sampled - started, time.perf_counter() - sampled)
+        return Rollout(owner, completions, texts, judged, mixed, sampled - started, time.perf_counter() - sampled)
 
     def _refilled(
         self, rollout: Rollout, wanted: int, step: int, weights
@@ -203,8 +206,11 @@ class RLStage:
 
     def _rewarded(
         self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict, seed: int
-    ) -> MixedRewards:
-        """The rewards of this rank's responses, each row with STAGE_COLUMNS and the λ that `deliberative` reads."""
+    ) -> tuple[list[dict[str, Any]], MixedRewards]:
+        """Of this rank's responses: the rows with their verdicts, and the rewards.
+
+        Those see STAGE_COLUMNS, too, and the λ that `deliberative` reads.
+        """
         stage, state = self.context.stage, self.context.state
         added: list[dict[str, Any]] = [{"completion_ids": c.ids.tolist()} for c in completions]
         if "visual_focus_drop" in self.reward_mix.functions:
@@ -217,7 +223,9 @@ class RLStage:
             for row, given in zip(added, self.verifiers(owner, texts, recipes, seed), strict=True):
                 row |= given
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
-        return self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
+        mixed = self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
+        verdicts = ({n: v for n, v in row.items() if n == "verifier_verdicts"} for row in added)
+        return [p.columns | said for p, said in zip(owner, verdicts, strict=True)], mixed
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
         stage = self.context.stage

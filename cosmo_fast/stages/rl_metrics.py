@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from cosmo_fast.evaluate import score
-from cosmo_fast.plan import Prompt
 from cosmo_fast.rewards.relations import relations
 from cosmo_fast.rewards.safety import GOLD
-from cosmo_fast.rollout import Completion
 from cosmo_fast.rollout.tools import tool_metrics
 from cosmo_fast.stages.base import Context
 from cosmo_fast.stages.packed import Group
+from cosmo_fast.stages.rollout import Rollout
 
 
 def mismatch(context: Context, groups: list[Group], logps: list) -> dict[str, float]:
@@ -36,12 +35,11 @@ def mismatch(context: Context, groups: list[Group], logps: list) -> dict[str, fl
     return {"rollout/kl": kl, "rollout/max_ratio_error": float(max(errors))}
 
 
-def rollout_metrics(
-    mixed, completions: list[Completion], texts: list[str], owner: list[Prompt], each: int
-) -> dict[str, float]:
-    """What is logged of a rollout: ``mixed`` and ``completions`` of ``owner``'s prompts, ``each`` of them a group."""
+def rollout_metrics(rollout: Rollout, each: int) -> dict[str, float]:
+    """What is logged of a rollout, ``each`` of its samples a group."""
+    mixed, completions = rollout.mixed, rollout.completions
     lengths = np.array([c.own.sum() for c in completions])
-    judged = score([p.columns for p in owner], texts)
+    judged = score(rollout.judged, rollout.texts)
     by_group = mixed.total.view(-1, each)
     logged = mixed.metrics() | relations(mixed, each) | _verifier_metrics(mixed)
     return logged | {

@@ -13,14 +13,20 @@ from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards
 from cosmo_fast.rollout import Completion
 
+_LISTS = ("owner", "completions", "texts", "judged")
+
 
 @dataclass
 class Rollout:
-    """S samples: ``owner`` (the prompt of each), ``completions``, ``texts`` and ``mixed``; seconds spent on them."""
+    """S samples: ``owner`` (the prompt of each), ``completions``, ``texts`` and ``mixed``; seconds spent on them.
+
+    ``judged``: the columns of each with its verifiers' verdicts.
+    """
 
     owner: list[Prompt]
     completions: list[Completion]
     texts: list[str]
+    judged: list[dict[str, Any]]
     mixed: MixedRewards
     sample_s: float
     reward_s: float
@@ -28,13 +34,13 @@ class Rollout:
     def joined(self, other: Rollout) -> Rollout:
         """These samples, then the other's."""
         seconds = self.sample_s + other.sample_s, self.reward_s + other.reward_s
-        lists = (getattr(self, name) + getattr(other, name) for name in ("owner", "completions", "texts"))
+        lists = (getattr(self, name) + getattr(other, name) for name in _LISTS)
         return Rollout(*lists, MixedRewards.joined([self.mixed, other.mixed]), *seconds)
 
     def only(self, groups: list[int], each: int) -> Rollout:
         """Some groups of ``each`` responses, in that order."""
         index = [group * each + i for group in groups for i in range(each)]
-        lists = ([getattr(self, name)[i] for i in index] for name in ("owner", "completions", "texts"))
+        lists = ([getattr(self, name)[i] for i in index] for name in _LISTS)
         return Rollout(*lists, self.mixed[torch.tensor(index)], self.sample_s, self.reward_s)
 
     def varied(self, each: int, reward: str | None = None) -> list[int]:

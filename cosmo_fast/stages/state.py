@@ -9,6 +9,11 @@ from typing import Any
 from cosmo_fast.config import ConfigError, StageConfig
 from cosmo_fast.config.rules import Schedule, at
 
+TIED = (
+    "in no group do the rewards differ, so that nothing is learned. Look at samples/: are the rows too easy or too "
+    "hard, do the rewards say what was meant? Draw other rows, or raise num_generations or temperature"
+)
+
 
 @dataclass
 class StageState:
@@ -16,7 +21,8 @@ class StageState:
 
     Attributes:
         taken, skipped: rows of each source that were drawn, and that a curriculum passed over.
-        multipliers: λ of each constraint. recent: the last values of each metric that a rule reads.
+        multipliers: λ of each constraint. tied: rollouts since one had a group with rewards that differ.
+        recent: the last values of each metric that a rule reads.
         best: [value of ``metric_for_best_model``, global step of its checkpoint]. ended: why the stage ended early.
         reference: global step of the checkpoint that is the reference; 0 is the model that the run began with.
     """
@@ -24,6 +30,7 @@ class StageState:
     taken: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
+    tied: int = 0
     recent: dict[str, list[float]] = field(default_factory=dict)
     best: list[float] | None = None
     ended: str | None = None
@@ -50,6 +57,11 @@ class StageState:
                 if isinstance(weight, Schedule) or name in factors
             }
         return {label: weights for label, weights in changing.items() if weights}
+
+    def count_tied(self, share: float) -> bool:
+        """Counts a rollout by its ``frac_reward_zero_std``; whether it is the first in a row that teaches nothing."""
+        self.tied = self.tied + 1 if share == 1 else 0
+        return self.tied == 1
 
     def adapt(self, stage: StageConfig, means: Mapping[str, float]) -> None:
         """λ of every constraint whose reward applied to a sample of the rollout; ``means``: rewards/NAME/mean."""
@@ -87,6 +99,8 @@ class StageState:
         goals = [stage.stop] if stage.stop and stage.stop.holds(self.recent.get(stage.stop.metric, [])) else []
         if losses or goals:
             self.ended = f"{'stop_loss' if losses else 'stop'}: {(losses or goals)[0]}"
+        elif stage.max_tied_rollouts and self.tied >= stage.max_tied_rollouts:
+            self.ended = f"max_tied_rollouts={stage.max_tied_rollouts}: {TIED}"
         return any(rule.action == "restore" for rule in losses)
 
 

@@ -19,7 +19,7 @@ from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Prompt
 from cosmo_fast.rewards import M3_RECIPES, VERDICTS, RewardMix, answer_text
-from cosmo_fast.rewards.safety import VERIFIED, judged, verified
+from cosmo_fast.rewards.safety import KINDS, VERIFIED, judged, verified
 from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.packed import Group, passes
 from cosmo_fast.verifiers.prompt import p_score, parse, reference, verifier_messages
@@ -90,6 +90,29 @@ def rewarded(
     return full, own | {kind: verified(kind) for kind in kinds if any(kind in recipe for recipe in recipes.values())}
 
 
+def unasked(rules: Mapping[str, VerifierConfig], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The column `verifier_verdicts` of an answer to a row before a verifier is asked: as of a blank answer.
+
+    It names the verifier whose verdict the rates of a row without a judge count, if the recipe has one.
+    """
+    kind = KINDS.get(columns.get("label"))
+    lacks = columns.get("judge") is None and kind in rules and rules[kind].model != RULE
+    return {"verifier_verdicts": {kind: "unparsable"} if lacks else {}}
+
+
+def named(given: Sequence[str], **bounds: int) -> Config:
+    """A recipe of nothing but verifiers, each ``KIND=FOLDER``, and Config's bounds of their forward passes.
+
+    Raises:
+        ConfigError: no kind, or one that there is not.
+    """
+    pairs = [text.partition("=")[::2] for text in given]
+    for text, (kind, folder) in zip(given, pairs, strict=True):
+        if kind not in VERIFIED or not folder:
+            raise ConfigError(f"--verifier {text!r}: want KIND=FOLDER, KIND one of {', '.join(VERIFIED)}")
+    return Config.model_construct(verifiers={k: VerifierConfig(model=folder) for k, folder in pairs}, **bounds)
+
+
 class Verifiers:
     """The verifiers of a recipe's ``verifiers``. ``engines``: one a checkpoint, however many kinds name it.
 
@@ -127,13 +150,15 @@ class Verifiers:
     def __call__(
         self, prompts: Sequence[Prompt], texts: Sequence[str], recipes: Sequence[Collection[str]], seed: int
     ) -> list[dict[str, Any]]:
-        """The columns `verifier_scores` {kind: score} and `verifier_unparsable` of each sample.
+        """The columns `verifier_scores` {kind: score}, `verifier_verdicts` {kind: verdict} and `verifier_unparsable`.
 
-        A verifier sees what follows ``</think>``; with ``think`` the score is that times the thought's, if there is
-        one. A blank answer is not asked about.
+        Asked are the verifiers that a sample's rewards name, and the one whose verdict the rates of a row without a
+        judge count. A verifier sees what follows ``</think>``; with ``think`` the score is that times the thought's, if
+        there is one. A blank answer is not asked about.
 
         Args:
-            prompts, texts: the samples. recipes: the names of each one's rewards. seed: of the marks and of ``noise``.
+            prompts, texts: the samples. recipes: the names of each one's rewards, none where verdicts alone are wanted.
+            seed: of the marks and of ``noise``, which exchanges scores, not verdicts.
 
         Raises:
             ValueError: more than ``max_unparsable`` of a verifier's answers are none of its verdicts.
@@ -143,21 +168,25 @@ class Verifiers:
             answer, thought = answer_text(text), text.partition("</think>")[0].replace("<think>", "").strip()
             for kind in self._needed(prompt, recipe) if answer.strip() else []:
                 asked[kind] += [(i, answer)] + [(i, thought)] * (self.rules[kind].think and thought != "")
-        result: list[dict[str, Any]] = [{"verifier_scores": {}} for _ in prompts]
+        result = [{"verifier_scores": {}} | unasked(self.rules, prompt.columns) for prompt in prompts]
         for path in dict.fromkeys(self.of[kind] for kind in asked):  # a checkpoint wakes once
             with nullcontext() if path == RULE else self.engines[path].awake(self.device):
                 for kind in [kind for kind in asked if self.of[kind] == path]:
                     rng = np.random.default_rng([seed, *kind.encode()])
                     shown = [self._shown(kind, prompts[i], text, rng) for i, text in asked[kind]]
-                    for (i, _), score in zip(asked[kind], self._scores(kind, shown, rng), strict=True):
+                    for (i, _), verdict, score in zip(asked[kind], *self._scores(kind, shown, rng), strict=True):
                         row, bad = result[i], float(score is None)
+                        if kind in row["verifier_verdicts"] and kind not in row["verifier_scores"]:  # of the answer
+                            row["verifier_verdicts"][kind] = verdict or "unparsable"
                         worth = VERDICTS[VERIFIED[kind][0]]["unparsable"] if score is None else score
                         row["verifier_scores"][kind] = row["verifier_scores"].get(kind, 1.0) * worth
                         row["verifier_unparsable"] = max(bad, row.get("verifier_unparsable", 0.0))
         return result
 
     def _needed(self, prompt: Prompt, recipe: Collection[str]) -> list[str]:
-        return [k for k in self.rules if k in recipe and prompt.columns.get("label") in VERIFIED[k][1]]
+        counted = unasked(self.rules, prompt.columns)["verifier_verdicts"]
+        rewarded = {k for k in self.rules if k in recipe and prompt.columns.get("label") in VERIFIED[k][1]}
+        return [k for k in self.rules if k in rewarded or k in counted]
 
     def _shown(self, kind: str, prompt: Prompt, answer: str, rng: np.random.Generator) -> Any:
         """The verifier's prompt; of a rule the judge's verdict."""
@@ -165,8 +194,8 @@ class Verifiers:
             return judged(answer, prompt.columns, asked=VERIFIED[kind][0])
         return self.engines[self.of[kind]].prompt(kind, self.rules[kind], prompt, answer, rng)
 
-    def _scores(self, kind: str, shown: list, rng: np.random.Generator) -> list[float | None]:
-        """Scores of a kind, None for an answer that is no verdict; ``noise`` of them are another verdict's."""
+    def _scores(self, kind: str, shown: list, rng: np.random.Generator) -> tuple[list[str | None], list[float | None]]:
+        """Verdicts and scores of a kind, None for what is no verdict; ``noise`` of the scores are another verdict's."""
         rule, worth, said, chances = self.rules[kind], VERDICTS[VERIFIED[kind][0]], shown, None
         if self.of[kind] != RULE:
             engine = self.engines[self.of[kind]]
@@ -190,4 +219,4 @@ class Verifiers:
                 others = [other for other in worth if other not in (verdict, "unparsable")]
                 score = worth[others[int(draw * len(others))]] if chances is None else 1 - score
             scores.append(score)
-        return scores
+        return verdicts, scores
