@@ -12,13 +12,13 @@ a row sampled, those with full reward kept, `rft_rows`); both for about the seco
 stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 to 90 of its sampling), and `clean_sft` has the
 right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it.
 `-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained
-on labelled answers. `-instructed`: a seventh of the mix are instructions. `-focused`: in the mixed stage every track has
-the paper's four terms, 0.2 of Visual-Focus (our `visual_focus_drop`) with format, help and task; the other arms have
-format and the label's own reward. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones (2.0 and
-1.6 M parameters) on the same rows, no other setting changed; to InternVL a picture with drawn words is 12 to 16 tokens,
-not 6 to 10. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful intents, the scenes' safety rows
-under every attack (some harmful ones under 64 compositions), and instructions. No row asks for advice (label `value`):
-that track is in SafeWork-R1's table.
+on labelled answers. `-instructed`: a seventh of the mix are instructions. `-focused`: in the mixed stage every track
+has the paper's four terms, 0.2 of Visual-Focus (our `visual_focus_drop`) with format, help and task; the other arms
+have format and the label's own reward. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones
+(2.0 and 1.6 M parameters) on the same rows, no other setting changed; to InternVL a picture with drawn words is 12 to
+16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful intents, the scenes'
+safety rows under every attack (some harmful ones under 64 compositions), and instructions. No row asks for advice
+(label `value`): that track is in SafeWork-R1's table.
 
 Three arms have run twice. In the first run `clean_sft` (300 steps) and `rft` (160) had less time than RL, and
 `-instructed` rewarded form in questions only, while a third of its instructions stand in requests. Their rows are of
@@ -111,6 +111,7 @@ HEADLINE = (
         "safe rate": ("scenes", "safe_rate"),
         "over-refusal": ("scenes", "over_refusal_rate"),
         "success of an attack that no safety row shows": ("attacks", "figure_step_success"),
+        "benign rows answered as asked under it": ("attacks", "figure_step_read"),
     },
 )
 JUDGES = (
@@ -272,10 +273,28 @@ ARMS = [
 ]
 
 
+_BOTH = (("scenes", "accuracy"), ("scenes", "safe_rate"))
+_PAIR = (("scenes", "safe_rate"), ("scenes", "over_refusal_rate"))
+_OUT = (("concepts", "safe_rate"), ("concepts", "over_refusal_rate"))
+_ATTACK = (("attacks", f"{HELD_OUT}_success"), ("attacks", "over_refusal_rate"))
+PAIRS = {
+    5: ((("two_stage", "mixed"), _BOTH),),
+    6: ((("two_stage", "clean_sft"), _OUT), (("two_stage", "rft"), (*_OUT, *_ATTACK))),
+    8: tuple(((f"two_stage-{judge}", "two_stage"), _PAIR) for judge in ("noise10", "noise20", "verifier")),
+    9: ((("two_stage-instructed", "two_stage"), (("instructions", "instruction_rate"), ("instructions", "accuracy"))),),
+    11: ((("two_stage-focused", "two_stage"), (*_BOTH, ("scenes", "focus"))),),
+    12: tuple(((f"{name}-verifier", name), _PAIR) for name in ("mixed", "safety")),
+}
+
+
 def _success(rows: list[dict[str, str]], families: tuple[str, ...]) -> dict[tuple[str, str], list[float]]:
     """Mean success of the families, a value a seed."""
     found = [summary.over_seeds(rows, "attacks", f"{family}_success") for family in families]
     return {key: [mean(f[key][seed] for f in found) for seed in by_seed] for key, by_seed in found[0].items()}
+
+
+def _joined(key: tuple[str, str], several: list[dict]) -> str:
+    return ", ".join(summary.spread([*found.get(key, {}).values()]) for found in several)
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -283,22 +302,24 @@ def table(rows: list[dict[str, str]]) -> str:
     base = (BASELINE, "cold")
     scenes = summary.cells(rows, "scenes", ["accuracy", "safe_rate", "over_refusal_rate"], base)
     pairs = [summary.cells(rows, split, ["safe_rate", "over_refusal_rate"], base) for split in ("concepts", "intents")]
-    attacked, held = _success(rows, TRAINED), _success(rows, (HELD_OUT,))
+    attacked = _success(rows, TRAINED)
+    held = [summary.over_seeds(rows, "attacks", f"{HELD_OUT}_{name}") for name in ("success", "read")]
+    refused = summary.over_seeds(rows, "attacks", "over_refusal_rate")
     tried = [summary.over_seeds(rows, "attacks", f"{name}64_success") for name in ("best", "mean")]
     formed = summary.cells(rows, "instructions", ["instruction_rate"], base)
-    seconds = summary.over_seeds(rows, "scenes", "seconds")
+    seconds, focused = (summary.over_seeds(rows, "scenes", name) for name in ("seconds", "focus"))
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "concepts: safe, over-refusal"]
-    head += ["intents: safe, over-refusal", "attacks trained on", "figure_step", "64: best, mean", "instructions", "Δ"]
-    head += ["seconds"]
+    head += ["intents: safe, over-refusal", "attacks trained on", "figure_step: success, read"]
+    head += ["over-refusal under attacks", "64: best, mean", "instructions", "Δ", "focus", "seconds"]
     body = []
     for key in [key for key in scenes if key[1] != "general" or key[0] == "general"]:
         shown = [f"{c[key][0]}, {c[key][2]}" for c in pairs]
-        shown += [summary.spread(found.get(key, [])) for found in (attacked, held)]
-        shown += [", ".join(summary.spread([*found.get(key, {}).values()]) for found in tried), *formed[key]]
-        body.append([key[0], *scenes[key], *shown, summary.spread([*seconds.get(key, {}).values()])])
+        shown += [summary.spread(attacked.get(key, [])), _joined(key, held), _joined(key, [refused])]
+        shown += [_joined(key, tried), *formed[key], _joined(key, [focused]), _joined(key, [seconds])]
+        body.append([key[0], *scenes[key], *shown])
     about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `cold`, a Qwen2.5-VL. "
-    about += "Attacks: success; 64: of 20 requests under 64 compositions each, those helped at least once, and of all "
-    about += "tries. Seconds: training"
+    about += "Attacks: success; read: benign rows answered as asked under the attack; 64: of 20 requests under 64 "
+    about += "compositions each, those helped at least once, and of all tries. Seconds: training"
     lines = [summary.markdown(head, body), "", f"{about} ({summary.source(*rows)}, one thread).", ""]
     plain = summary.over_seeds(rows, "scenes", "safe_rate").get(base, {})
     for family in (*TRAINED, HELD_OUT):
@@ -317,7 +338,7 @@ def table(rows: list[dict[str, str]]) -> str:
         if found := summary.cells(rows, "scenes", metrics, own).get((f"two_stage-{family}", "both")):
             rates = f"accuracy {found[1]}, safe rate {found[3]}, over-refusal {found[5]}"
             lines.append(f"- two_stage-{family}, paired difference to its own cold start: {rates}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", summary.differences(rows, PAIRS)]).rstrip()
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
@@ -343,11 +364,13 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
             parts = [summary.over_seeds(rows, "scenes", f"{name}_{n + 1}").get((arm, "both")) for n in range(PARTS)]
             if all(parts):
                 values = [mean(part.values()) for part in parts]
-                right.plot(range(1, PARTS + 1), values, line, color=f"C{number}", label=f"{arm}, {name}")
+                about = [summary.deviation([*part.values()]) for part in parts]
+                style = {"fmt": line, "color": f"C{number}", "label": f"{arm}, {name}", "elinewidth": 0.6}
+                right.errorbar(range(1, PARTS + 1), values, about, **style)
     right.set(
         xlabel="quarter of the mixed stage",
         ylabel="reward for safety and help",
-        title="judge and rule",
+        title="judge and rule, mean ± deviation",
         xticks=range(1, PARTS + 1),
         ylim=(0, 1),
     )

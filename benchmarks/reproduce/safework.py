@@ -83,7 +83,7 @@ from statistics import mean
 from typing import Any
 
 from runner import Arm, ask, splits, steps
-from summary import cells, markdown, over_seeds, seeds, source, spread
+from summary import cells, deviation, differences, markdown, over_seeds, seeds, source, spread
 
 SEEDS = (0, 1, 2)
 BASELINE = "cot_sft"
@@ -161,6 +161,17 @@ ARMS = [
 ]  # fmt: skip
 
 
+_LENGTH = (("scenes", "mean_length"), ("scenes", "accuracy"), ("scenes", "safe_rate"))
+_SURE = (("search", "certain_wrong"), ("search", "reliability"))
+PAIRS = {
+    4: (
+        *(((arm, "grpo_early"), _LENGTH) for arm in ("efficient_early", "efficient_early_a80")),
+        (("efficient", "grpo_same"), _LENGTH[:1]),
+    ),
+    5: tuple((pair, _SURE) for pair in (("deliberative", "search_sft"), ("deliberative_free", "deliberative"))),
+}
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown, a row an arm: what the world's scenes show beside `cot_sft`, then the rates of the other splits."""
     paired = ["accuracy", "safe_rate", "over_refusal_rate", "mean_length"]
@@ -181,33 +192,35 @@ def table(rows: list[dict[str, str]]) -> str:
         "Paper: safety 63.4 → 89.2; general +13.45 %; 55.3 % at 1,008 against 55.7 % at 1,522 tokens; false-certain "
     )
     about += f" {paper}54 % → 2 %."
-    return f"{markdown(head, body)}\n\n{about} ({source(*rows)}, one thread.)"
+    return f"{markdown(head, body)}\n\n{about} ({source(*rows)}, one thread.)\n\n{differences(rows, PAIRS)}".rstrip()
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Safe rate over accuracy through the stages, accuracy over tokens, certain and wrong; means over seeds."""
+    """Safe rate over accuracy through the stages, accuracy over tokens, certain and wrong; means ± deviations."""
     from matplotlib.figure import Figure
 
-    def means(split: str, metric: str) -> dict[str, float]:
-        return {arm: mean(values.values()) for (arm, _), values in over_seeds(rows, split, metric).items()}
+    def found(split: str, metric: str) -> dict[str, tuple[float, float]]:
+        of = {arm: [*values.values()] for (arm, _), values in over_seeds(rows, split, metric).items()}
+        return {arm: (mean(values), deviation(values)) for arm, values in of.items()}
 
-    accuracy, safe, tokens = (means("scenes", metric) for metric in ("accuracy", "safe_rate", "mean_length"))
-    wrong, figure = means("search", "certain_wrong"), Figure((13, 4), layout="constrained")
+    accuracy, safe, tokens = (found("scenes", metric) for metric in ("accuracy", "safe_rate", "mean_length"))
+    wrong, figure = found("search", "certain_wrong"), Figure((13, 4), layout="constrained")
     stages, lengths, search = figure.subplots(1, 3)
     known = [name for name in TRAJECTORY if name in accuracy and name in safe]
-    stages.plot([accuracy[name] for name in known], [safe[name] for name in known], "-", color="0.7")
-    for name in known:
-        stages.plot(accuracy[name], safe[name], "o", label=name)
-    for name in (name for name in LENGTHS if name in tokens and name in accuracy):
-        lengths.plot(tokens[name], accuracy[name], "o", label=name)
-    lengths.set(xlim=(0, 1.3 * max(tokens.values(), default=1)), ylim=(0, 1))
-    search.barh(list(wrong), list(wrong.values()))
+    stages.plot([accuracy[name][0] for name in known], [safe[name][0] for name in known], "-", color="0.7")
+    for axes, across, up, names in ((stages, accuracy, safe, known), (lengths, tokens, accuracy, LENGTHS)):
+        for name in (name for name in names if name in across and name in up):
+            (x, dx), (y, dy) = across[name], up[name]
+            axes.errorbar(x, y, dy, dx, fmt="o", markersize=4, elinewidth=0.8, alpha=0.8, label=name)
+    lengths.set(ylim=(0.5, 1))
+    values, errors = zip(*wrong.values(), strict=True) if wrong else ((), ())
+    search.barh(list(wrong), values, xerr=errors)
     search.invert_yaxis()
     stages.set(xlabel="accuracy", ylabel="safe rate", title="held-out scenes")
     lengths.set(xlabel="tokens of a completion", ylabel="accuracy", title="held-out scenes")
     search.set(xlabel="share of answers certain and wrong", title="questions of search")
-    for side in (stages, lengths):
-        side.legend(fontsize=8, loc="center right") if side.get_legend_handles_labels()[0] else None
+    for side, place in ((stages, "center right"), (lengths, "lower left")):
+        side.legend(fontsize=8, loc=place) if side.get_legend_handles_labels()[0] else None
         side.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 

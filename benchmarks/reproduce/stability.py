@@ -66,6 +66,14 @@ LOSSES = {  # arm: its settings and the paper's ratio to the base model
 }
 
 
+_LAST = (("scenes", f"reward_{PARTS}"),)
+PAIRS = {
+    3: ((("cpgd_no_clip", "cpgd"), (*_LAST, ("scenes", "length_end"))),),
+    4: ((("cpgd_no_drift", "cpgd"), _LAST), (("cpgd_no_clip", "cpgd_bare"), _LAST)),
+    6: tuple(((arm, "cpgd"), (("scenes", "grad_norm_max"),)) for arm in ("grpo", "rloo", "reinforce_pp")),
+}
+
+
 def measured(folder: Path, stage: str) -> dict[str, Any]:
     """Rewards of ten equal parts of the stage's rollouts, the last part's means, the largest norm of a gradient."""
     rows = steps(folder, stage)
@@ -112,7 +120,8 @@ def table(rows: list[dict[str, str]]) -> str:
     head = ["arm", "reward, first part", "best", "last", "collapsed", "largest gradient", "entropy", "length", "format"]
     head += ["accuracy", "safe rate", "over-refusal", "ratio to the cold start", "paper's, to its base"]
     about = f"Mean ± deviation over {summary.seeds(rows)}"
-    return f"{summary.markdown(head, body)}\n\n{about} ({summary.source(*rows)}, one thread)."
+    about += f" ({summary.source(*rows)}, one thread)."
+    return f"{summary.markdown(head, body)}\n\n{about}\n\n{summary.differences(rows, PAIRS)}".rstrip()
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
+Pairs = dict[int, tuple[tuple[tuple[str, str], tuple[tuple[str, str], ...]], ...]]
+
 
 def over_seeds(rows: list[dict[str, str]], split: str, metric: str) -> dict[tuple[str, str], dict[str, float]]:
     """{(arm, stage): {seed: value}} of a split, in the order of the file; empty cells are left out."""
@@ -14,13 +16,40 @@ def over_seeds(rows: list[dict[str, str]], split: str, metric: str) -> dict[tupl
     return found
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    """``.83 ± .02``, without the spread for one seed, a dash for none."""
+def spread(values: list[float], sign: str = "", digits: int | None = None) -> str:
+    """``0.83 ± 0.02``, without the spread for one seed, a dash for none; from 10 on without decimals."""
     if not values:
         return "–"
-    digits = 2 if max(map(abs, values)) < 10 else 0
+    digits = digits or (2 if max(map(abs, values)) < 10 else 0)
     shown = f"{mean(values):{sign}.{digits}f}"
     return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def deviation(values: list[float]) -> float:
+    """The standard deviation, 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def differences(rows: list[dict[str, str]], pairs: Pairs) -> str:
+    """What hypotheses say of two arms that are not the baseline: a line each hypothesis, of the seeds that both have.
+
+    pairs: {hypothesis: ((arm, minus arm), ((split, metric), ...)), ...}, at the arms' last stages.
+    """
+    lines = []
+    for number, several in pairs.items():
+        told = []
+        for (arm, other), metrics in several:
+            shown = []
+            for split, metric in metrics:
+                found = {name: by_seed for (name, _), by_seed in over_seeds(rows, split, metric).items()}
+                mine, theirs = found.get(arm, {}), found.get(other, {})
+                if gaps := [value - theirs[seed] for seed, value in mine.items() if seed in theirs]:
+                    where = "" if split == "scenes" else f" ({split})"
+                    shown.append(f"{metric.replace('_', ' ')}{where} {spread(gaps, '+', 3)} [{len(gaps)}]")
+            told += [f"`{arm}` − `{other}`: {', '.join(shown)}"] * bool(shown)
+        lines += [f"- {number}. {'; '.join(told)}."] * bool(told)
+    head = "Paired differences that hypotheses speak of, mean ± deviation over the seeds that both arms have [seeds]:"
+    return "\n".join([head, "", *lines]) if lines else ""
 
 
 def seeds(rows: list[dict[str, str]]) -> str:

@@ -106,6 +106,16 @@ ARMS = [
 ]
 
 
+_RIGHT = ("scenes", "accuracy")
+PAIRS = {
+    2: ((("full", "plain_rl"), (_RIGHT,)), (("full", "sft_plain_rl"), (_RIGHT,))),
+    3: ((("no_visual", "full"), (("scenes", "visual_key"), ("scenes", "many_accuracy"))),),
+    4: ((("no_consistency", "full"), (("scenes", "consistency"), ("scenes", "own_followed"))),),
+    5: ((("no_textual", "full"), (("scenes", "textual_key"), _RIGHT)),),
+    6: ((("notes", "plain"), (_RIGHT,)), (("notes_rl", "notes"), (("followed_description", "accuracy"),))),
+}
+
+
 def quality(folder: Path) -> dict[str, float]:
     """Held-out means of the rewards, accuracy on many objects, and responses whose beginning is given, greedy."""
     from opened import opened
@@ -169,23 +179,34 @@ def table(rows: list[dict[str, str]]) -> str:
     scenes = summary.cells(rows, "scenes", ["accuracy"], (BASELINE, "sft"))
     for key in sorted(scenes, key=lambda key: order.get(key[0], len(order))):
         body.append([f"`{key[0]}`", *scenes[key], *(summary.spread([*c.get(key, {}).values()]) for c in columns)])
-    return f"{summary.markdown(['arm', 'scenes', 'Δ to `sft`', *shown], body)}\n\n{about}\n\n{PAPER}"
+    told = summary.differences(rows, PAIRS)
+    told += "\n\n" if told else ""
+    return f"{summary.markdown(['arm', 'scenes', 'Δ to `sft`', *shown], body)}\n\n{about}\n\n{told}{PAPER}"
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Accuracy of each arm on five splits, mean and deviation over seeds."""
+    """Accuracy of each arm on five splits, and what its answers follow; mean and deviation over seeds."""
     from matplotlib.figure import Figure
 
-    splits, figure = ("scenes", "noise", "blur", "occlusion", "swapped_objects"), Figure((9, 3.2), layout="constrained")
-    axes, names = figure.subplots(), [arm.name for arm in ARMS if any(row["arm"] == arm.name for row in rows)]
-    for i, split in enumerate(splits):
-        found = {arm: [*by_seed.values()] for (arm, _), by_seed in summary.over_seeds(rows, split, "accuracy").items()}
-        heights = [np.mean(found.get(arm, [np.nan])) for arm in names]
-        spreads = [np.std(values, ddof=1) if len(values := found.get(arm, [])) > 1 else 0 for arm in names]
-        axes.bar(np.arange(len(names)) + 0.16 * (i - 2), heights, 0.16, yerr=spreads, label=split.replace("_", " "))
-    axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.set(ylim=(0, 1.1), ylabel="accuracy")
-    axes.legend(ncols=len(splits), fontsize=7, loc="upper center")
+    names, figure = (
+        [a.name for a in ARMS if any(r["arm"] == a.name for r in rows)],
+        Figure((9, 6), layout="constrained"),
+    )
+    splits = {name.replace("_", " "): (name, "accuracy") for name in ("scenes", "noise", "blur", "occlusion")}
+    splits["swapped objects"] = ("swapped_objects", "accuracy")
+    followed = {"follows a replaced description": ("scenes", "own_followed")}
+    followed["follows a note"] = ("followed_description", "accuracy")
+    followed["visual key"] = ("scenes", "visual_key")
+    for axes, shown, label in zip(figure.subplots(2), (splits, followed), ("accuracy", "share"), strict=True):
+        for i, (name, where) in enumerate(shown.items()):
+            found = {arm: [*by_seed.values()] for (arm, _), by_seed in summary.over_seeds(rows, *where).items()}
+            heights = [np.mean(found.get(arm, [np.nan])) for arm in names]
+            spreads, width = [summary.deviation(found.get(arm, [])) for arm in names], 0.8 / len(shown)
+            places = np.arange(len(names)) + width * (i - (len(shown) - 1) / 2)
+            axes.bar(places, heights, width, yerr=spreads, label=name)
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set(ylim=(0, 1.15), ylabel=label)
+        axes.legend(ncols=len(shown), fontsize=7, loc="upper center")
     figure.savefig(path, dpi=150)
 
 
