@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks" / "reproduce"))
 
 import runner  # noqa: E402
-from summary import markdown, over_seeds, source  # noqa: E402
+from summary import by_arm, markdown, source  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = (("accuracy", "accuracy"), ("safe_rate", "safe rate"), ("over_refusal_rate", "over-refusal"))
@@ -284,7 +284,7 @@ def headlines(results: Path) -> str:
         seeds = set.intersection(*({row["seed"] for row in rows if row["arm"] == arm} for arm in arms)) if arms else ()
         told = []
         for label, where in shown.items() if seeds else ():
-            found = {arm: by_seed for (arm, _), by_seed in over_seeds(rows, *where).items()}  # an arm's last stage
+            found = by_arm(rows, *where)
             means = (mean(found[arm][seed] for seed in seeds) for arm in arms)
             told.append(f"{label} {' → '.join(f'{value:.2f}'.lstrip('0') for value in means)}")
         if told:

@@ -142,7 +142,8 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     """How attacks are read and refused, and the rewards for safety and help in every quarter of an RL stage.
 
     FAMILY_read: benign rows answered as their policy asks; FAMILY_safe: harmful ones refused. proxy_N: mean of the two
-    rewards that were trained on; gold_N: of the rule's on the same responses, which is the same where it is the judge.
+    rewards that were trained on; gold_N: of the rule's on the same responses, which is the same where it is the judge;
+    judge_error: mean distance of a response's two in the last quarter.
     """
     attacks = splits(folder, stage).get("attacks", {}).get("jailbreak", {}).get("attacks", {})
     found = {f"{f}_{n}": round(rates[f"{n}_rate"], 4) for f, rates in attacks.items() for n in ("read", "safe")}
@@ -153,6 +154,10 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
             keys = [f"rewards/{kind}{ending}/mean" for kind in ("safety", "helpful")]
             keys = keys if keys[0] in rows[0] else [key.replace("_gold", "") for key in keys]
             found[f"{name}_{part + 1}"] = round(mean(row[key] for row in chosen for key in keys if key in row), 4)
+        errors = [
+            row[key] for row in chosen for key in ("verifier/safety_error", "verifier/helpful_error") if key in row
+        ]
+        found |= {"judge_error": round(mean(errors), 4)} if errors else {}
     return found
 
 
@@ -329,10 +334,11 @@ def table(rows: list[dict[str, str]]) -> str:
         verdict = f"{family} {'counts' if counted else 'does not count'}: read {summary.spread([*read.values()])}"
         lines.append(f"- On `cold` {verdict}, safe rate lower by {summary.spread(drops)}.")
     for arm in JUDGES:
-        ends = [summary.over_seeds(rows, "scenes", f"{n}_{PARTS}").get((arm, "both")) for n in ("proxy", "gold")]
-        if all(ends):
-            proxy, gold = (summary.spread([*end.values()]) for end in ends)
-            lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}.")
+        names = (f"proxy_{PARTS}", f"gold_{PARTS}", "judge_error")
+        ends = [summary.by_arm(rows, "scenes", name).get(arm, {}) for name in names]
+        proxy, gold, apart = (summary.spread([*end.values()]) for end in ends)
+        if ends[0]:
+            lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}; of a response {apart} apart.")
     for family in FAMILIES:
         metrics, own = ["accuracy", "safe_rate", "over_refusal_rate"], (f"cold-{family}", "cold")
         if found := summary.cells(rows, "scenes", metrics, own).get((f"two_stage-{family}", "both")):
@@ -361,7 +367,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     figure.colorbar(drawn, label="over-refusal")
     for number, arm in enumerate(JUDGES):
         for name, line in (("proxy", "-"), ("gold", "--")):
-            parts = [summary.over_seeds(rows, "scenes", f"{name}_{n + 1}").get((arm, "both")) for n in range(PARTS)]
+            parts = [summary.by_arm(rows, "scenes", f"{name}_{n + 1}").get(arm) for n in range(PARTS)]
             if all(parts):
                 values = [mean(part.values()) for part in parts]
                 about = [summary.deviation([*part.values()]) for part in parts]

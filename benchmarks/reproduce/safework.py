@@ -83,7 +83,7 @@ from statistics import mean
 from typing import Any
 
 from runner import Arm, ask, splits, steps
-from summary import cells, deviation, differences, markdown, over_seeds, seeds, source, spread
+from summary import by_arm, cells, deviation, differences, markdown, over_seeds, seeds, source, spread
 
 SEEDS = (0, 1, 2)
 BASELINE = "cot_sft"
@@ -200,7 +200,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     def found(split: str, metric: str) -> dict[str, tuple[float, float]]:
-        of = {arm: [*values.values()] for (arm, _), values in over_seeds(rows, split, metric).items()}
+        of = {arm: [*values.values()] for arm, values in by_arm(rows, split, metric).items()}
         return {arm: (mean(values), deviation(values)) for arm, values in of.items()}
 
     accuracy, safe, tokens = (found("scenes", metric) for metric in ("accuracy", "safe_rate", "mean_length"))

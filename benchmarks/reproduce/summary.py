@@ -16,6 +16,11 @@ def over_seeds(rows: list[dict[str, str]], split: str, metric: str) -> dict[tupl
     return found
 
 
+def by_arm(rows: list[dict[str, str]], split: str, metric: str) -> dict[str, dict[str, float]]:
+    """{arm: {seed: value}} at each arm's last stage."""
+    return {arm: by_seed for (arm, _), by_seed in over_seeds(rows, split, metric).items()}
+
+
 def spread(values: list[float], sign: str = "", digits: int | None = None) -> str:
     """``0.83 ± 0.02``, without the spread for one seed, a dash for none; from 10 on without decimals."""
     if not values:
@@ -41,7 +46,7 @@ def differences(rows: list[dict[str, str]], pairs: Pairs) -> str:
         for (arm, other), metrics in several:
             shown = []
             for split, metric in metrics:
-                found = {name: by_seed for (name, _), by_seed in over_seeds(rows, split, metric).items()}
+                found = by_arm(rows, split, metric)
                 mine, theirs = found.get(arm, {}), found.get(other, {})
                 if gaps := [value - theirs[seed] for seed, value in mine.items() if seed in theirs]:
                     where = "" if split == "scenes" else f" ({split})"

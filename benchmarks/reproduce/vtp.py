@@ -199,7 +199,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     followed["visual key"] = ("scenes", "visual_key")
     for axes, shown, label in zip(figure.subplots(2), (splits, followed), ("accuracy", "share"), strict=True):
         for i, (name, where) in enumerate(shown.items()):
-            found = {arm: [*by_seed.values()] for (arm, _), by_seed in summary.over_seeds(rows, *where).items()}
+            found = {arm: [*values.values()] for arm, values in summary.by_arm(rows, *where).items()}
             heights = [np.mean(found.get(arm, [np.nan])) for arm in names]
             spreads, width = [summary.deviation(found.get(arm, [])) for arm in names], 0.8 / len(shown)
             places = np.arange(len(names)) + width * (i - (len(shown) - 1) / 2)
