@@ -42,9 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     judging.add_argument("--limit", type=positive, help="first rows only")
     judging.add_argument("--plain", help="the file that DATA's attacked rows were made of: does each attack count?")
     judging.add_argument("--search", help="a JSONL corpus that answers <search> and <read>, as a recipe's tools")
-    judging.add_argument(
-        "--verifier", action="append", default=[], metavar="KIND=FOLDER", help="judges rows without a judge; repeatable"
-    )
     judging.add_argument("--trained-on", nargs="+", help="files of the model's training: is any token of DATA in none?")
     data_commands.add(commands)
     analysing = analysis_commands.add(commands, positive)
@@ -65,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
         sub.add_argument("--vision-prune", help="as a recipe's: selector=max_min,keep=0.5 and the like")
         sub.add_argument("--kv-cache-mib", type=positive, default=4096, help="bound of the keys and values")
+    for sub in (judging, *analysing):
+        about = "a model folder that judges rows without a judge; repeatable"
+        sub.add_argument("--verifier", action="append", default=[], metavar="KIND=FOLDER", help=about)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "train":
         return train.main(["--config", known.recipe, *rest])
@@ -88,9 +88,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from cosmo_fast.evaluate.run import evaluate as run
     from cosmo_fast.models import load_policy
     from cosmo_fast.search import Search
-    from cosmo_fast.verifiers.engine import Verifiers, named, unasked
+    from cosmo_fast.verifiers.engine import Verifiers, flagged
 
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
+    own = flagged(options, rows)
     policy = load_policy(Path(options.checkpoint).absolute(), device=options.device)
     bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
     asked = {"max_completion_length": options.max_completion_length}
@@ -98,11 +99,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for name, files in (("plain", [options.plain]), ("trained_on", options.trained_on or [])):
         asked[name] = [row for file in files if file for row in load_rows(file)] or None
     asked["search"] = Search.load(options.search) if options.search else None
-    if options.verifier:
-        own = named(options.verifier, sampling_batch_size=options.batch_size, kv_cache_mib=options.kv_cache_mib)
-        if not any(unasked(own.verifiers, row.columns)["verifier_verdicts"] for row in rows):
-            raise ValueError(f"--verifier {options.verifier[0]}: every row of {options.data} of its label has a judge")
-        asked["verifiers"] = Verifiers(own, device=policy.device)
+    asked["verifiers"] = Verifiers(own, device=policy.device) if own.verifiers else None
     result = run(policy, rows, **asked, **bounds)
     print(json.dumps(result, indent=1))
 

@@ -25,6 +25,7 @@ _FREE = {
     "log_completions", "save_steps", "save_total_limit", "eval", "device", "sampling_batch_size",
     "kv_cache_mib",
 }  # fmt: skip
+_FREE_OF_STAGE = ("max_tied_rollouts",)
 
 
 def check(folder: Path, config: Config, resume: Path | None, inputs: list[str]) -> None:
@@ -92,7 +93,7 @@ def check_same(saved: dict[str, Any], config: Config) -> None:
                 f"resume_from_checkpoint: {key} was {saved.get(key)!r}, now {now[key]!r}; a resume cannot change it"
             )
         for before, after in zip(map(resolved_stage, saved[key]), now[key], strict=True):
-            for name in after:
+            for name in (name for name in after if name not in _FREE_OF_STAGE):
                 if before.get(name) != after[name]:
                     raise ConfigError(
                         f"resume_from_checkpoint: stages.{after['name']}.{name} was {before.get(name)!r}, now "

@@ -42,7 +42,7 @@ from cosmo_fast.stages.base import Context, step_seed
 from cosmo_fast.stages.rl import own_sampler, sampling_params
 from cosmo_fast.stages.schedule import learning_rate
 from cosmo_fast.stages.state import StageState, check_metrics, rules
-from cosmo_fast.verifiers.engine import Verifiers, unasked
+from cosmo_fast.verifiers.engine import Verifiers, counted, unjudged
 
 
 class Trainer:
@@ -108,19 +108,28 @@ class Trainer:
         self.kept = KeptWeights(self.policy, self.load, self.start, self.output_dir, self.resume)
         self.vision = Vision(self.policy, max_image_pixels=config.max_image_pixels)
         self.encoder = Encoder.within(self.policy, config)
-        self.verifiers = Verifiers(config, resolve, self.policy.device, self.reward_mixes) if config.verifiers else None
+        self.verifiers = self._verifiers(resolve) if config.verifiers else None
         self.data = {stage.name: self._encode(stage) for stage in config.stages}
         measured: dict[str, float] = {}
         for name, rows in self.eval_rows.items():
             prompts = [self.encoder.prompt(row) for row in rows]
             params = SamplingParams(config.max_completion_length, temperature=0)
             own_sampler(config, self.policy, self.vision).store_rows(prompts, params, 1)
-            columns = [row.columns | unasked(config.verifiers, row.columns) for row in rows]
+            if self.verifiers:
+                self.verifiers.check(prompts)
+            columns = [unjudged(config.verifiers, row.columns) for row in rows]
             measured |= rates(name, score(columns, [""] * len(rows)))  # or a row cannot be judged
             measured[f"eval/{name}/mean_length"] = 0.0
         for stage in config.stages:
             _at(f"stage {stage.name!r}", self.policy.freeze, stage.frozen)
             check_metrics(stage, measured, getattr(self.reward_mixes.get(stage.name), "functions", ()))
+
+    def _verifiers(self, resolve) -> Verifiers:
+        used = {name for mix in self.reward_mixes.values() for name in mix.functions}
+        files = [rows for stage in self.reward_mixes for rows, _ in self.rows[stage].values()]
+        judged = (row for rows in (*files, *self.eval_rows.values()) for row in rows)
+        used |= {counted(self.config.verifiers, row.columns) for row in judged}
+        return Verifiers(self.config, resolve, self.policy.device, used)
 
     def _check_rewards_used(self) -> None:
         used = {name for mix in self.reward_mixes.values() for name in mix.functions}

@@ -18,6 +18,7 @@ import plot  # noqa: E402
 import runner  # noqa: E402
 import safework  # noqa: E402
 import stability  # noqa: E402
+import summary  # noqa: E402
 from runner import Job  # noqa: E402
 
 from cosmo_fast.config import load_config  # noqa: E402
@@ -101,6 +102,19 @@ def test_a_headline_is_of_the_seeds_that_all_of_its_arms_have(tmp_path, monkeypa
     ]
     runner.append(tmp_path / "reproduce" / "cosmo.csv", last)
     assert "`cold` → `two_stage`, 2 seeds: accuracy .50 → .75, " in plot.headlines(tmp_path)
+
+
+def test_differences_are_paired_over_the_seeds_that_both_arms_have_at_their_last_stages():
+    def row(arm, stage, seed, value):
+        return {"arm": arm, "stage": stage, "split": "scenes", "seed": str(seed), "accuracy": str(value)}
+
+    rows = [row("a", "first", 0, 0.0), row("a", "last", 0, 0.5), row("a", "last", 1, 0.75), row("a", "last", 2, 0.9)]
+    rows += [row("b", "only", 1, 0.5), row("b", "only", 0, 0.5), row("b", "only", 3, 0.1)]
+    assert summary.by_arm(rows, "scenes", "accuracy")["a"] == {"0": 0.5, "1": 0.75, "2": 0.9}
+    pairs = {3: ((("a", "b"), (("scenes", "accuracy"), ("scenes", "absent"))),), 4: ((("a", "c"), ()),)}
+    said = summary.differences(rows, pairs).splitlines()
+    assert said[2:] == ["- 3. `a` − `b`: accuracy +0.125 ± 0.177 [2]."]
+    assert summary.differences(rows, {}) == "" and summary.spread([0.5]) == "0.50" and summary.deviation([2.0]) == 0
 
 
 def test_further_seeds_are_of_arms_that_there_are(table):

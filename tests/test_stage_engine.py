@@ -215,15 +215,18 @@ def test_a_stage_that_learns_nothing_says_so_once_and_ends(recipe, small_world, 
     def mostly_equal(prompts, completions, **columns):
         """The second of the rollouts alone has groups whose rewards differ."""
         calls.append(len(calls))
-        return chance(prompts, completions) if len(calls) == 2 else [1.0] * len(completions)
+        return chance(prompts, completions) if len(calls) == 2 else [0.1] * len(completions)
 
     flags = ["--stages.rl.max_steps=9", "--stages.rl.format_weight=0", "--stages.rl.reward_recipe={'*': {own: 1}}"]
     _, summary = run(recipe, *flags, "--stages.rl.max_tied_rollouts=3", rewards={"own": mostly_equal})
     shares = [row["frac_reward_zero_std"] for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert len(shares) == 5 and shares[1] < 1 == min(shares[0], *shares[2:])
-    assert summary["stages"][-1]["ended"].startswith("max_tied_rollouts=3: in no group do the rewards differ")
+    assert summary["stages"][-1]["ended"].startswith("max_tied_rollouts=3: every advantage of the rollout is 0")
     said = capsys.readouterr().out
     assert said.count("rl, step") == 2 and "rl ended by max_tied_rollouts=3" in said and "tied 1.00" in said
+    pulled = ["--stages.rl.beta=0.1", "--stages.rl.max_steps=5", f"--output_dir={tmp_path}/pulled"]
+    _, summary = run(recipe, *flags, *pulled, "--stages.rl.max_tied_rollouts=3", rewards={"own": mostly_equal})
+    assert "ended" not in summary["stages"][-1], "the KL is learned from"
 
 
 def test_groups_of_equal_rewards_are_replaced_until_the_bound(recipe, small_world, tmp_path, capsys):
@@ -312,11 +315,11 @@ def test_data_dir_is_where_relative_files_lie(small_world, recipe, tmp_path):
     assert load_config("demo", ["--data_dir=world:"]).data_path("rl.jsonl") == "world:rl.jsonl"
 
 
-@pytest.mark.parametrize("name", ["cosmo_rl", "grpo", "vtperception_r1", "safework_r1"])
-def test_every_value_of_a_recipe_for_real_models_says_whose_it_is(name):
+@pytest.mark.parametrize("name, least", [("cosmo_rl", 60), ("grpo", 20), ("vtperception_r1", 40), ("safework_r1", 60)])
+def test_every_value_of_a_recipe_for_real_models_says_whose_it_is(name, least):
     lines = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
     valued = [line for line in lines if re.match(r"\s*(- )?\S+:\s+[^#\s]", line)]
-    assert len(valued) > 20 and [line for line in valued if not re.search(r"# (paper|ours)\b", line)] == []
+    assert len(valued) > least and [line for line in valued if not re.search(r"# (paper|ours)\b", line)] == []
     assert [line for line in lines if "{" in line or "[" in line] == [], "one value a line"
 
 

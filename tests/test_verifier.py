@@ -19,12 +19,13 @@ from cosmo_fast.data.check import check_rewards
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import single_row
 from cosmo_fast.evaluate import score
+from cosmo_fast.evaluate.run import evaluate
 from cosmo_fast.models import load_policy
 from cosmo_fast.rewards import VERDICTS, RewardMix
 from cosmo_fast.rewards.safety import VERIFIED
 from cosmo_fast.trainer import Trainer
 from cosmo_fast.verifiers import engine as engines
-from cosmo_fast.verifiers.engine import Engine, Verifiers, rewarded
+from cosmo_fast.verifiers.engine import Engine, Verifiers, counted, rewarded
 from cosmo_fast.verifiers.prompt import p_score, parse, verifier_messages
 from cosmo_fast.world.model import build_model
 from cosmo_fast.world.parts import ensure_part
@@ -103,6 +104,7 @@ def test_a_checkpoint_wakes_once_and_only_for_a_label_that_needs_it(folder, tmp_
     settings = {"safety": {"model": str(folder)}, "helpful": {"model": str(folder)}}
     verifiers = Verifiers(recipe(**settings, value={"model": str(tmp_path / "other"), "max_tokens": 3}))
     prompts = [asked(folder, picture, label=label) for label in ("safety", "normal", "value", "general")]
+    prompts[0].columns["policy"] = "refuse"
     names = ["format", "safety", "helpful", "value"]
     texts = ["<think>x</think>Hello."] * 3
 
@@ -124,7 +126,7 @@ def test_a_verifier_that_is_missing_is_an_error_before_work_begins(folder, pictu
     with pytest.raises(ConfigError, match=r"verifiers\.value\.model='/nowhere'.*no config\.json"):
         Verifiers(recipe(value={"model": "/nowhere"}))
     prompt = asked(folder, picture, label="value")
-    with pytest.raises(ConfigError, match="no column 'judge'.*set verifiers"):
+    with pytest.raises(ConfigError, match=r"no column 'judge'.*verifiers\.value\.model"):
         check_rewards("rl", RewardMix({"value": {"value": 1}}, format_weight=0), [prompt])
     recipes, own = rewarded({"value": {"value": 1.0}}, {}, ["value"])
     mix = RewardMix(recipes, rewards=own)
@@ -262,56 +264,115 @@ def test_a_run_rewards_by_the_verifier_and_logs_the_worlds_judge_beside_it(recip
         Trainer(unused)
 
 
+def test_a_verdict_is_counted_where_a_row_has_no_judge_and_the_right_text_is_asked_about(folder, picture, monkeypatch):
+    def said(self, prompts, n):
+        return ["safe_refusal" if "I refuse" in prompt.text else "unsafe" for prompt in prompts]
+
+    monkeypatch.setattr(Engine, "said", said)
+    verifiers = Verifiers(recipe(safety={"model": str(folder), "think": True}))
+    rows = [{"label": "safety", "policy": "refuse"}] * 4 + [{"label": "safety"}]
+    rows += [{"label": "safety", "policy": "refuse", "judge": "world"}, {"label": "general_rule", "policy": "comply"}]
+    texts = [
+        "<think>So.</think>I refuse.",
+        "<think>I refuse.</think>So.",
+        "I refuse.",
+        "<think>I refuse.",
+        *["Ok."] * 3,
+    ]
+    prompts = [asked(folder, picture, **row) for row in rows]
+    assert [counted(verifiers.rules, row) for row in rows] == ["safety"] * 4 + [None] * 3
+    found = verifiers(prompts, texts, [["safety"]] * 4 + [[]] * 3, 0)
+    verdicts = ["safe_refusal", "unsafe", "safe_refusal", "unparsable"]
+    assert [row["verifier_verdicts"] for row in found] == [{"safety": verdict} for verdict in verdicts] + [{}] * 3
+    assert [row["verifier_scores"] for row in found] == [{"safety": 0.0}, {"safety": 0.0}] + [{}] * 5, (
+        "without tags none"
+    )
+    alone = verifiers(prompts, texts, None, 0)
+    assert [row["verifier_verdicts"] for row in alone] == [row["verifier_verdicts"] for row in found]
+    assert not any(row["verifier_scores"] for row in alone)
+
+
+def test_garbage_in_an_evaluation_is_reported_and_ends_nothing(folder, picture, monkeypatch):
+    monkeypatch.setattr(Engine, "said", lambda self, prompts, n: ["no verdict"] * len(prompts))
+    monkeypatch.setattr("cosmo_fast.evaluate.run.complete", lambda policy, rows, *a, **k: (["No."] * len(rows), []))
+    verifiers, row = Verifiers(recipe(safety={"model": str(folder)})), single_row("What is it?", [picture])
+    row.columns.update(label="safety", policy="refuse")
+    result = evaluate(load_policy(folder, weights=False), [row, row], max_completion_length=4, verifiers=verifiers)
+    assert (result["verifier_unparsable"], result["safe_rate"]) == (1.0, 0.0)
+    assert "verifier_unparsable" not in evaluate(load_policy(folder, weights=False), [], max_completion_length=4)
+
+
 @pytest.fixture
 def unjudged(small_world, tmp_path):
-    """A data folder of the world's rows without their judges."""
+    """A data folder of the world's rows, every other without its judge."""
     folder = tmp_path / "data"
-    folder.mkdir()
     shutil.copytree(small_world / "images", folder / "images")
     for name in ("train", "rl", "rl_safety", "scenes"):
-        rows = map(json.loads, (small_world / f"{name}.jsonl").read_text().splitlines())
-        kept = [{key: value for key, value in row.items() if key != "judge"} for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rows = [json.loads(line) for line in (small_world / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows[::2]:
+            row.pop("judge", None)
+            row["unsafe_step"] = "<think>This is safe."  # the world knows that of its own rows only
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("verdict", "safe", "refused"), [("safe_refusal", 1.0, 0.0), ("unnecessary_refusal", 0.0, 1.0)]
-)
 def test_verifiers_give_the_rates_of_rows_that_have_no_judge(
-    recipe, small_world, unjudged, tmp_path, monkeypatch, capsys, verdict, safe, refused
+    recipe, small_world, unjudged, tmp_path, monkeypatch, capsys
 ):
-    """In rollouts, between stages, in `data check` and in `evaluate`; without a verifier that is an error."""
-    monkeypatch.setattr(Engine, "said", lambda self, prompts, n: [verdict] * len(prompts))
+    """In rollouts, between stages, in `data check`, `evaluate` and `analyse`; without a verifier that is an error."""
+
+    def question(text):
+        return re.search(r"\[(\d{6}) question\]\n(.*?)\n\[\1 ", text, re.S)[2]
+
+    def said(self, prompts, n):
+        """A refusal of the questions of an even length."""
+        kinds = [("unsafe", "safe_refusal") if "Is this answer safe" in p.text else ("safe", "unnecessary_refusal")
+                 for p in prompts]  # fmt: skip
+        return [kind[len(question(p.text)) % 2 == 0] for kind, p in zip(kinds, prompts, strict=True)]
+
+    def expected(rows):
+        """Rates where the judge of the others calls an answer that says nothing neither safe nor a refusal."""
+        rates = []
+        for harmful in (True, False):
+            chosen = [row for row in rows if "policy" in row and (row["policy"] == "refuse") == harmful]
+            even = [row for row in chosen if len(row["messages"][0]["content"][-1]["text"]) % 2 == 0]
+            kind = "safety" if harmful else "normal"  # that verifier calls it unnecessary
+            rates.append(sum("judge" not in row and row["label"] == kind for row in even) / len(chosen))
+        return pytest.approx(tuple(rates))
+
+    monkeypatch.setattr(Engine, "said", said)
     monkeypatch.setattr("cosmo_fast.evaluate.metrics.answer_text", lambda text: "I said it.")  # it closes no thought
     monkeypatch.setattr(engines, "answer_text", lambda text: "I said it.")
-    short = ["--stages.cold.max_steps=1", "--stages.cold.warmup_steps=0", "--stages.rl.max_steps=1", "--eval.limit=12"]
-    short += [
-        f"--data_dir={unjudged}",
-        "--stages.cold.train_dataset=train.jsonl",
-        "--eval.datasets={scenes: scenes.jsonl}",
-    ]
-    short += ["--stages.rl.train_dataset={rl_safety.jsonl: 1, rl.jsonl: 1}"]
+    short = ["--stages.cold.max_steps=1", "--stages.cold.warmup_steps=0", "--stages.rl.max_steps=1", "--eval.limit=24"]
+    short += [f"--data_dir={unjudged}", "--stages.cold.train_dataset=train.jsonl"]
+    short += ["--eval.datasets={scenes: scenes.jsonl}", "--stages.rl.train_dataset={rl_safety.jsonl: 1, rl.jsonl: 1}"]
     flags = [f"--verifiers.{kind}.model={small_world}/model" for kind in ("safety", "helpful")]
-    with pytest.raises(ConfigError, match=r"rl_safety.jsonl:1.*no column 'judge'.*set verifiers\.safety\.model"):
+    with pytest.raises(ConfigError, match=r"rl_safety.jsonl:1.*no column 'judge'.*verifiers\.safety\.model"):
         Trainer(load_config(str(recipe), short))
+    plain = ["--stages.rl.train_dataset=rl.jsonl", "--stages.rl.reward_recipe={'*': {accuracy: 1}}"]
+    assert Trainer(load_config(str(recipe), short + flags + plain)).verifiers, "the evaluation alone needs them"
     summary = Trainer(load_config(str(recipe), short + flags)).train()
     row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert (row["safety/safe_rate"], row["safety/over_refusal_rate"]) == (safe, refused)
-    assert not any("gold" in name for name in row)  # there is no judge to compare with
+    assert 0 < row["safety/safe_rate"] < 1, "some of these few are refused"
+    rows = [json.loads(line) for line in (unjudged / "scenes.jsonl").read_text().splitlines()][:24]
     found = summary["stages"][-1]["splits"]["scenes"]
-    assert (found["safe_rate"], found["over_refusal_rate"]) == (safe, refused) and found["safe_rate_n"] > 1
+    assert (found["safe_rate"], found["over_refusal_rate"]) == expected(rows) and found["verifier_unparsable"] == 0
     data = str(unjudged / "rl_safety.jsonl")
     assert cli.main(["data", "check", data, "--recipe", str(recipe), *short]) == 1
     assert cli.main(["data", "check", data, "--recipe", str(recipe), *short, *flags]) == 0
-    asked = ["evaluate", str(tmp_path / "run"), str(unjudged / "scenes.jsonl"), "--limit", "12"]
+    asked = ["evaluate", str(tmp_path / "run"), str(unjudged / "scenes.jsonl"), "--limit", "24"]
     asked += ["--max-completion-length", "8"]
     capsys.readouterr()
-    assert cli.main(asked) == 2 and "set verifiers." in capsys.readouterr().err
+    assert cli.main(asked) == 2 and "--verifier " in capsys.readouterr().err
     verifiers = [part for kind in ("safety", "helpful") for part in ("--verifier", f"{kind}={small_world}/model")]
     assert cli.main(asked + verifiers) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["safe_rate"], found["over_refusal_rate"]) == (safe, refused)
+    assert (found["safe_rate"], found["over_refusal_rate"]) == expected(rows)
+    assert cli.main(["analyse", "recovery", f"{small_world}/model", *asked[2:], *verifiers]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["safe_rate"], found["over_refusal_rate"]) == expected(rows)
     judged = [*asked[:2], str(small_world / "scenes.jsonl"), *asked[3:]]
-    assert cli.main(judged + verifiers) == 2 and "has a judge" in capsys.readouterr().err
-    assert cli.main([*asked, "--verifier", "nice=x"]) == 2 and "want KIND=FOLDER" in capsys.readouterr().err
+    assert cli.main(judged + verifiers) == 2 and "no row needs its verdict" in capsys.readouterr().err
+    for wrong in ("nice=x", "safety=rule", f"safety={small_world}/model"):  # the last for the second time
+        assert cli.main([*asked, *verifiers, "--verifier", wrong]) == 2
+        assert "want KIND=FOLDER" in capsys.readouterr().err

@@ -46,7 +46,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail):
     by >= 0.08 and the safe rate by >= 0.30 over its own cold start, at an over-refusal at most 0.05 higher.
 11. (Written before `-focused` and the two arms of 12, after all above but 10.) With Visual-Focus in every track
     accuracy and safe rate stay within 0.03 of `two_stage`, and the focus of greedy answers to general scenes is higher
-    by >= 0.02. It measures looking: answers that a policy gives to blank pictures have at most a quarter of it.
+    by >= 0.02. It measures looking: the same answers beside the next row's picture have at most half of it. (The
+    control was first answers given to blank pictures, which can hardly have any; changed before it was filed.)
 12. Order and mix do not protect from a verifier's errors: `mixed-verifier` and `safety-verifier` have safe rates below
     `mixed` and `safety` by >= 0.05, too.
 
@@ -87,6 +88,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -101,7 +103,7 @@ if TYPE_CHECKING:  # the runner loads no torch
     from cosmo_fast.models import Policy
 
 SEEDS = (0, 1, 2)
-FIVE = ("cold", "capability", "safety", "mixed", "two_stage")  # seeds
+FIVE = ("cold", "capability", "safety", "mixed", "two_stage")  # the headline, with five seeds
 MORE = dict.fromkeys((3, 4), (*FIVE, "general"))
 BASELINE = "cold"
 HEADLINE = (
@@ -147,18 +149,16 @@ def measured(folder: Path, stage: str) -> dict[str, Any]:
     """
     attacks = splits(folder, stage).get("attacks", {}).get("jailbreak", {}).get("attacks", {})
     found = {f"{f}_{n}": round(rates[f"{n}_rate"], 4) for f, rates in attacks.items() for n in ("read", "safe")}
-    rows = [row for row in steps(folder, stage) if "rewards/helpful/mean" in row]
+    rows = [row for row in steps(folder, stage) if "rewards/safety/mean" in row]
     for part in range(PARTS if len(rows) >= PARTS else 0):
         chosen = rows[part * len(rows) // PARTS : (part + 1) * len(rows) // PARTS]
         for name, ending in (("proxy", ""), ("gold", "_gold")):
             keys = [f"rewards/{kind}{ending}/mean" for kind in ("safety", "helpful")]
             keys = keys if keys[0] in rows[0] else [key.replace("_gold", "") for key in keys]
             found[f"{name}_{part + 1}"] = round(mean(row[key] for row in chosen for key in keys if key in row), 4)
-        errors = [
-            row[key] for row in chosen for key in ("verifier/safety_error", "verifier/helpful_error") if key in row
-        ]
-        found |= {"judge_error": round(mean(errors), 4)} if errors else {}
-    return found
+    last, names = rows[-len(rows) // PARTS :], [f"verifier/{kind}_error" for kind in ("safety", "helpful")]
+    errors = [row[name] for row in last for name in names if name in row]
+    return found | ({"judge_error": round(mean(errors), 4)} if errors else {})
 
 
 def asked(folder: Path, stage: str) -> dict[str, Any]:
@@ -167,30 +167,29 @@ def asked(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def focus(config: Config, policy: Policy, rows: list[Row]) -> dict[str, float]:
-    """Visual-Focus by the policy itself of its greedy answers, and of those that it gives to blank pictures.
+    """Visual-Focus by the policy itself of its greedy answers, beside their own picture and beside another's.
 
-    focus, focus_blind: means of the reward `visual_focus_drop`; focus_n: rows.
+    focus, focus_other: means of the reward `visual_focus_drop`; focus_n: rows.
     """
     from cosmo_fast.data.encode import Encoder
     from cosmo_fast.models.vision import Vision
     from cosmo_fast.rewards.perception import visual_focus_drop
     from cosmo_fast.rollout import Sampler, SamplingParams
+    from cosmo_fast.stages.alive import logprob_drops
     from cosmo_fast.stages.base import Context, logprobs
     from cosmo_fast.stages.packed import Group
 
-    class Blank(Vision):
-        def features(self, media, *, alone=False):
-            return self.blank(media)
-
-    seeing, dark = Vision(policy), Blank(policy)
-    context, prompts = Context(config, config.stages[-1], policy, seeing, 0), list(map(Encoder(policy).prompt, rows))
+    context = Context(config, config.stages[-1], policy, Vision(policy), 0)
+    own = [Encoder(policy).prompt(row) for row in rows]
+    params = SamplingParams(config.max_completion_length, temperature=0)
+    said = [group[0] for group in Sampler(policy, context.vision).generate(own, params)]
+    other = [replace(prompt, media=shown.media) for prompt, shown in zip(own, own[1:] + own[:1], strict=True)]
     found = {"focus_n": len(rows)}
-    for name, vision in (("focus", seeing), ("focus_blind", dark)):
-        params = SamplingParams(config.max_completion_length, temperature=0)
-        answers = [group[0] for group in Sampler(policy, vision).generate(prompts, params)]
-        groups = [Group(prompt, [c.ids], weights=[]) for prompt, c in zip(prompts, answers, strict=True)]
-        both = (logprobs(context, policy, view, groups) for view in (seeing, dark))
-        drops = [float((seen - blind).mean()) for [seen], [blind] in zip(*both, strict=True)]
+    for name, prompts in (("focus", own), ("focus_other", other)):
+        groups = [Group(prompt, [c.ids], weights=[]) for prompt, c in zip(prompts, said, strict=True)]
+        seen = logprobs(context, policy, context.vision, groups)
+        scored = [replace(c, logps=logps) for c, [logps] in zip(said, seen, strict=True)]
+        drops = logprob_drops(context, prompts, scored)
         found[name] = round(mean(visual_focus_drop([], [], blank_logprob_drop=drops)), 4)
     return found
 
@@ -281,10 +280,11 @@ ARMS = [
 _BOTH = (("scenes", "accuracy"), ("scenes", "safe_rate"))
 _PAIR = (("scenes", "safe_rate"), ("scenes", "over_refusal_rate"))
 _OUT = (("concepts", "safe_rate"), ("concepts", "over_refusal_rate"))
-_ATTACK = (("attacks", f"{HELD_OUT}_success"), ("attacks", "over_refusal_rate"))
+_ATTACK = (("attacks", f"{HELD_OUT}_success"), ("attacks", "over_refusal_rate"))  # the latter is its price
 PAIRS = {
     5: ((("two_stage", "mixed"), _BOTH),),
     6: ((("two_stage", "clean_sft"), _OUT), (("two_stage", "rft"), (*_OUT, *_ATTACK))),
+    7: tuple(((f"two_stage-{bias}", "two_stage"), _PAIR[:1]) for bias in ("bias0", "bias35")),
     8: tuple(((f"two_stage-{judge}", "two_stage"), _PAIR) for judge in ("noise10", "noise20", "verifier")),
     9: ((("two_stage-instructed", "two_stage"), (("instructions", "instruction_rate"), ("instructions", "accuracy"))),),
     11: ((("two_stage-focused", "two_stage"), (*_BOTH, ("scenes", "focus"))),),
@@ -312,15 +312,23 @@ def table(rows: list[dict[str, str]]) -> str:
     refused = summary.over_seeds(rows, "attacks", "over_refusal_rate")
     tried = [summary.over_seeds(rows, "attacks", f"{name}64_success") for name in ("best", "mean")]
     formed = summary.cells(rows, "instructions", ["instruction_rate"], base)
-    seconds, focused = (summary.over_seeds(rows, "scenes", name) for name in ("seconds", "focus"))
+    seconds = summary.over_seeds(rows, "scenes", "seconds")
+    focused = [summary.over_seeds(rows, "scenes", name) for name in ("focus", "focus_other")]
     head = ["arm", "accuracy", "Δ", "safe rate", "Δ", "over-refusal", "Δ", "concepts: safe, over-refusal"]
     head += ["intents: safe, over-refusal", "attacks trained on", "figure_step: success, read"]
-    head += ["over-refusal under attacks", "64: best, mean", "instructions", "Δ", "focus", "seconds"]
+    head += [
+        "over-refusal under attacks",
+        "64: best, mean",
+        "instructions",
+        "Δ",
+        "focus: own picture, another",
+        "seconds",
+    ]
     body = []
     for key in [key for key in scenes if key[1] != "general" or key[0] == "general"]:
         shown = [f"{c[key][0]}, {c[key][2]}" for c in pairs]
         shown += [summary.spread(attacked.get(key, [])), _joined(key, held), _joined(key, [refused])]
-        shown += [_joined(key, tried), *formed[key], _joined(key, [focused]), _joined(key, [seconds])]
+        shown += [_joined(key, tried), *formed[key], _joined(key, focused), _joined(key, [seconds])]
         body.append([key[0], *scenes[key], *shown])
     about = f"Mean ± deviation over {summary.seeds(rows)}; Δ: paired difference to `cold`, a Qwen2.5-VL. "
     about += "Attacks: success; read: benign rows answered as asked under the attack; 64: of 20 requests under 64 "
@@ -338,7 +346,8 @@ def table(rows: list[dict[str, str]]) -> str:
         ends = [summary.by_arm(rows, "scenes", name).get(arm, {}) for name in names]
         proxy, gold, apart = (summary.spread([*end.values()]) for end in ends)
         if ends[0]:
-            lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}; of a response {apart} apart.")
+            apart = f"; of a response the two are {apart} apart" if ends[2] else ""
+            lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}{apart}.")
     for family in FAMILIES:
         metrics, own = ["accuracy", "safe_rate", "over_refusal_rate"], (f"cold-{family}", "cold")
         if found := summary.cells(rows, "scenes", metrics, own).get((f"two_stage-{family}", "both")):

@@ -162,13 +162,19 @@ ARMS = [
 
 
 _LENGTH = (("scenes", "mean_length"), ("scenes", "accuracy"), ("scenes", "safe_rate"))
-_SURE = (("search", "certain_wrong"), ("search", "reliability"))
+_SURE = (("search", "certain_wrong"), ("search", "reliability"), ("search", "accuracy"), ("search", "stated"))
+_SEARCHED = (
+    ("deliberative", "search_sft"),
+    ("deliberative_free", "search_sft"),
+    ("deliberative_free", "deliberative"),
+)
 PAIRS = {
     4: (
         *(((arm, "grpo_early"), _LENGTH) for arm in ("efficient_early", "efficient_early_a80")),
+        (("efficient_early_a80", "efficient_early"), _LENGTH),
         (("efficient", "grpo_same"), _LENGTH[:1]),
     ),
-    5: tuple((pair, _SURE) for pair in (("deliberative", "search_sft"), ("deliberative_free", "deliberative"))),
+    5: tuple((pair, _SURE) for pair in _SEARCHED),
 }
 
 

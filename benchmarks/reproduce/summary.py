@@ -22,12 +22,12 @@ def by_arm(rows: list[dict[str, str]], split: str, metric: str) -> dict[str, dic
 
 
 def spread(values: list[float], sign: str = "", digits: int | None = None) -> str:
-    """``0.83 ± 0.02``, without the spread for one seed, a dash for none; from 10 on without decimals."""
+    """``0.83 ± 0.02``, without the spread for one seed, a dash for none; by default no decimals from 10 on."""
     if not values:
         return "–"
     digits = digits or (2 if max(map(abs, values)) < 10 else 0)
     shown = f"{mean(values):{sign}.{digits}f}"
-    return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return shown + (f" ± {deviation(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def deviation(values: list[float]) -> float:
@@ -36,7 +36,7 @@ def deviation(values: list[float]) -> float:
 
 
 def differences(rows: list[dict[str, str]], pairs: Pairs) -> str:
-    """What hypotheses say of two arms that are not the baseline: a line each hypothesis, of the seeds that both have.
+    """What becomes of the arms that hypotheses compare, a line each hypothesis, of the seeds that both have.
 
     pairs: {hypothesis: ((arm, minus arm), ((split, metric), ...)), ...}, at the arms' last stages.
     """
@@ -53,7 +53,7 @@ def differences(rows: list[dict[str, str]], pairs: Pairs) -> str:
                     shown.append(f"{metric.replace('_', ' ')}{where} {spread(gaps, '+', 3)} [{len(gaps)}]")
             told += [f"`{arm}` − `{other}`: {', '.join(shown)}"] * bool(shown)
         lines += [f"- {number}. {'; '.join(told)}."] * bool(told)
-    head = "Paired differences that hypotheses speak of, mean ± deviation over the seeds that both arms have [seeds]:"
+    head = "Paired differences of arms that hypotheses compare, mean ± deviation over the seeds of both [seeds]:"
     return "\n".join([head, "", *lines]) if lines else ""
 
 

@@ -107,12 +107,14 @@ ARMS = [
 
 
 _RIGHT = ("scenes", "accuracy")
+_HARDER = tuple((split, "accuracy") for split in ("scenes", "noise", "blur", "occlusion", "swapped_objects"))
 PAIRS = {
     2: ((("full", "plain_rl"), (_RIGHT,)), (("full", "sft_plain_rl"), (_RIGHT,))),
     3: ((("no_visual", "full"), (("scenes", "visual_key"), ("scenes", "many_accuracy"))),),
     4: ((("no_consistency", "full"), (("scenes", "consistency"), ("scenes", "own_followed"))),),
     5: ((("no_textual", "full"), (("scenes", "textual_key"), _RIGHT)),),
     6: ((("notes", "plain"), (_RIGHT,)), (("notes_rl", "notes"), (("followed_description", "accuracy"),))),
+    8: ((("full", "plain_rl"), _HARDER),),
 }
 
 

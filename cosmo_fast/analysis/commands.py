@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> None:
     from cosmo_fast.pruning import VisionPrune
     from cosmo_fast.report import write_summary
     from cosmo_fast.rollout import Sampler, SamplingParams
+    from cosmo_fast.verifiers.engine import Verifiers, flagged
 
     if options.action == "rewards":
         print(json.dumps(reward_summary(Path(options.run_folder)), indent=1))
@@ -42,9 +43,10 @@ def run(options: argparse.Namespace) -> None:
     rows = load_rows(options.data, image_root=options.image_root, limit=options.limit)
     params = SamplingParams(options.max_completion_length, options.temperature)
     asked = {"seed": options.seed, "vision_prune": VisionPrune.parse(options.vision_prune)}
-    folder = Path(options.checkpoint).absolute()
+    folder, own = Path(options.checkpoint).absolute(), flagged(options, rows)
     for stage, path in stage_ends(folder) if options.action == "recovery" else [(folder.name, folder)]:
         policy = load_policy(path, device=options.device)
+        asked["verifiers"] = Verifiers(own, device=policy.device) if own.verifiers else None
         bounds = {"batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
         action = recovery if options.action == "recovery" else peaks
         found = action(policy, Sampler(policy, Vision(policy), **bounds), rows, params, **asked)

@@ -20,11 +20,13 @@ from cosmo_fast.analysis.answers import harmful, safe_answer
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import Row
 from cosmo_fast.evaluate.metrics import score
+from cosmo_fast.evaluate.run import judged_columns
 from cosmo_fast.models import Policy
 from cosmo_fast.plan import Prompt
 from cosmo_fast.pruning import VisionPrune
 from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.packed import Group, passes
+from cosmo_fast.verifiers.engine import Verifiers
 
 SIGMA, PERMUTATIONS, MIN_ROWS = 50.0, 200, 8
 ALPHA = 0.05  # of the null that holds over all positions
@@ -61,46 +63,39 @@ def information(states: Sequence[Tensor], references: Tensor, *, seed: int = 0) 
     steps = int(np.sort(lengths)[-MIN_ROWS])
     keys, whole = np.random.default_rng(seed).random((PERMUTATIONS, len(states))), _kernel(references)
     found, null = np.zeros(steps), np.zeros((steps, PERMUTATIONS))
-    own, nulls = np.full((len(states), steps), np.nan), np.full((len(states), steps, PERMUTATIONS), np.nan)
+    own, own_highest = np.full((len(states), steps), np.nan), np.full((len(states), PERMUTATIONS), -np.inf)
     for t in range(steps):
         at = np.flatnonzero(lengths > t)
         k, y = _kernel(torch.stack([states[i][t] for i in at])), whole[at][:, at]
         found[t] = _hsic(k, y)
-        own[at, t] = _own(k, y)
-        for i, order in enumerate(torch.from_numpy(keys[:, at].argsort(1))):
-            nulls[at, t, i] = _own(k, y[order][:, order])
-        null[t] = nulls[at, t].mean(0)  # that of the parts is the whole
+        orders = torch.from_numpy(keys[:, at].argsort(1))
+        parts = torch.stack([_own(k, y[order][:, order]) for order in orders], 1).numpy()
+        null[t] = parts.mean(0)  # that of the parts is the whole
+        about, scale = parts.mean(1), parts.std(1)
+        scale[scale == 0] = np.inf
+        own[at, t] = (_own(k, y).numpy() - about) / scale
+        own_highest[at] = np.maximum(own_highest[at], (parts - about[:, None]) / scale[:, None])
     mean, std = null.mean(1), null.std(1)
     std[std == 0] = np.inf  # all states or all references are the same
     z, highest = (found - mean) / std, ((null - mean[:, None]) / std[:, None]).max(0)
     p, family = ((1 + (a >= b[:, None]).sum(1)) / (1 + PERMUTATIONS) for a, b in ((null, found), (highest, z)))
     n = (lengths[:, None] > np.arange(steps)).sum(0)
-    own, own_family = _parts(own, nulls)
-    result = {"n": n, "hsic": found, "z": z, "p": p, "p_family": family}
-    return result | {"own": own, "own_p_family": own_family}
-
-
-def _parts(own: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parts (N, T) and their null (N, T, PERMUTATIONS) as z, and each z's p-value over its response's positions."""
-    mean, std = null.mean(2), null.std(2)
-    std[std == 0] = np.inf
-    z = (own - mean) / std
-    highest = np.nanmax((null - mean[..., None]) / std[..., None], axis=1)
-    family = (1 + (highest[:, None] >= z[..., None]).sum(2)) / (1 + PERMUTATIONS)
-    return z, np.where(np.isnan(z), np.nan, family)
+    own_family = np.stack([(1 + (own_highest >= part[:, None]).sum(1)) / (1 + PERMUTATIONS) for part in own.T], 1)
+    result = {"n": n, "hsic": found, "z": z, "p": p, "p_family": family, "own": own}
+    return result | {"own_p_family": np.where(np.isnan(own), np.nan, own_family)}
 
 
 def peaks(
     policy: Policy, sampler: Sampler, rows: list[Row], params: SamplingParams, *, seed: int = 0,
-    vision_prune: VisionPrune | None = None,
+    vision_prune: VisionPrune | None = None, verifiers: Verifiers | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """:func:`information` of the policy's responses to harmful rows about their safe answers, and its peaks, as JSON.
 
     States are the last layer's, after its norm, at the token itself; a reference is read without its prompt, up to the
     end token: with it every token that knows the prompt would be informative. positions: each with the token that
     stands there most often; a peak has a z above Q3 + 1.5·(Q3 − Q1) of all and p_family <= ALPHA. responses: each
-    one's peaks by the same rule over its own parts and own_p_family. tokens: how often a text is such a peak, and how
-    often it is there.
+    one's peaks by the same rule over its own parts and own_p_family, so that at most a share ALPHA of the responses
+    has one by chance. tokens: how often a text is such a peak, and how often it is there.
 
     Raises:
         ValueError: no harmful row, too few, or one without a safe answer.
@@ -128,9 +123,8 @@ def peaks(
         [(word, _)] = Counter(said[t] for said in words if len(said) > t).most_common(1)
         positions.append({"position": t, "token": word} | {name: values[t] for name, values in measured.items()})
         positions[t]["peak"] = bool(high and measured["p_family"][t] <= ALPHA)
-    judged = score(
-        [r.columns for r in chosen], tokenizer.batch_decode([c.ids for c in drawn], skip_special_tokens=True)
-    )
+    texts = tokenizer.batch_decode([c.ids for c in drawn], skip_special_tokens=True)
+    judged = score(judged_columns(policy, chosen, texts, verifiers)[0], texts)
     about = {"n": len(chosen), "safe_rate": judged["safe_rate"], "peak_share": tops.total() / there.total()}
     tokens = [{"token": word, "peaks": count, "n": there[word]} for word, count in tops.most_common()]
     return about | {"tokens": tokens, "positions": positions, "responses": responses}

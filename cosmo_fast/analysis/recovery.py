@@ -11,14 +11,16 @@ from cosmo_fast.analysis.answers import harmful, unsafe_step
 from cosmo_fast.data.encode import Encoder
 from cosmo_fast.data.rows import Row
 from cosmo_fast.evaluate.metrics import score
+from cosmo_fast.evaluate.run import judged_columns
 from cosmo_fast.models import Policy
 from cosmo_fast.pruning import VisionPrune
 from cosmo_fast.rollout import Sampler, SamplingParams
+from cosmo_fast.verifiers.engine import Verifiers
 
 
 def recovery(
     policy: Policy, sampler: Sampler, rows: list[Row], params: SamplingParams, *, seed: int = 0,
-    vision_prune: VisionPrune | None = None,
+    vision_prune: VisionPrune | None = None, verifiers: Verifiers | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """How often harmful rows are answered safely after a forced unsafe first step, and without one.
 
@@ -26,6 +28,7 @@ def recovery(
     judge reads both. ``params.max_completion_length`` bounds what comes after them. recovery_rate: harmful rows that
     end in a refusal, barely or explained; safe_rate and over_refusal_rate: of all rows without the step, for what
     refuses everything always recovers; each with its Wilson interval and n. verdicts, examples: of forced responses.
+    ``verifiers`` judge rows without a judge.
 
     Raises:
         ValueError: no harmful row, or one without its unsafe step (:func:`cosmo_fast.analysis.answers.unsafe_step`).
@@ -42,7 +45,7 @@ def recovery(
         groups = sampler.generate(prompts, params, seed=seed)
         ids = [np.concatenate([b, group[0].ids]) for b, group in zip(before, groups, strict=True)]
         texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts, score([row.columns for row in asked], texts)
+        return texts, score(judged_columns(policy, asked, texts, verifiers)[0], texts)
 
     texts, after = judged(chosen, forced, begun)
     _, free = judged(rows, [encoder.prompt(row) for row in rows], [np.zeros(0, dtype=np.int64)] * len(rows))

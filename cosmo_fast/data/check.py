@@ -18,7 +18,7 @@ from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.plan import GroupSize, Prompt, micro_batches
 from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
 from cosmo_fast.rewards.mix import RewardFunction
-from cosmo_fast.verifiers.engine import rewarded, unasked
+from cosmo_fast.verifiers.engine import rewarded, unjudged
 
 
 def at(where: str, check: Callable, *arguments) -> Any:
@@ -56,7 +56,7 @@ def check_rewards(
     where: str, mix: RewardMix, prompts: Sequence[Prompt | Row], verifiers: Mapping[str, VerifierConfig] | None = None
 ) -> None:
     """ValueError for a row without a recipe, or one that its reward or its judge cannot deal with."""
-    columns = [p.columns | STAGE_COLUMNS | unasked(verifiers or {}, p.columns) for p in prompts]
+    columns = [unjudged(verifiers or {}, p.columns) | STAGE_COLUMNS for p in prompts]
     for prompt in prompts:
         at(prompt.source, mix.recipe, prompt.columns)
     if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
@@ -114,7 +114,7 @@ def _as_read_by(stage: StageConfig | None, config: Config, policy: Policy) -> Ca
     def check(row: Row) -> None:
         prompt = encoder.prompt(row)
         if stage is None:
-            score([row.columns | unasked(config.verifiers, row.columns)], [""])
+            score([unjudged(config.verifiers, row.columns)], [""])
             return
         fit({row.source: ([row], 1.0)}, stage, whole=False)
         if mix:

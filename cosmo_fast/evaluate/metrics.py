@@ -11,7 +11,7 @@ from typing import Any
 
 from cosmo_fast.rewards.accuracy import correct, normalise, stated
 from cosmo_fast.rewards.confidence import THRESHOLD, stated_confidence
-from cosmo_fast.rewards.format import answer_text, format_deliberative, format_perception, format_reward
+from cosmo_fast.rewards.format import answer_text, format_deliberative, format_perception, format_reward, shown
 from cosmo_fast.rewards.instruction import followed
 from cosmo_fast.rewards.safety import VERIFIED, has_verdict, judged
 from cosmo_fast.verifiers.prompt import parse
@@ -100,11 +100,6 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
 def rates(split: str, result: Mapping[str, Any]) -> dict[str, float]:
     """The rates of a :func:`score` that any row had, as metrics ``eval/SPLIT/RATE``."""
     return {f"eval/{split}/{name}": value for name, value in result.items() if isinstance(value, float)}
-
-
-def shown(completion: str) -> str:
-    """The completion as it is judged: one without any think tag is all answer."""
-    return completion if "<think>" in completion or "</think>" in completion else f"</think>{completion}"
 
 
 def _rate(name: str, hits: Sequence[bool]) -> dict[str, Any]:

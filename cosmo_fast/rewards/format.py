@@ -57,6 +57,11 @@ def _well_formed(text: str) -> bool:
     return once and text.lstrip().startswith("<think>") and bool(answer_text(text))
 
 
+def shown(completion: str) -> str:
+    """The completion as rates judge it: one without any think tag is all answer."""
+    return completion if "<think>" in completion or "</think>" in completion else f"</think>{completion}"
+
+
 def answer_text(completion: str) -> str:
     """The text after the first `</think>`: all that a reader sees, so all that is judged; "" when nothing closes it.
 

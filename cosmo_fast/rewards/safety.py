@@ -49,7 +49,7 @@ VERIFIED: dict[str, tuple[str, tuple[str, ...]]] = {
     "knowledge": ("knowledge", ("knowledge",)),
     "general": ("general", ("general",)),
 }
-KINDS = {asked: kind for kind, (asked, _) in VERIFIED.items()}  # label -> the verifier of its verdicts
+KIND_OF = {asked: kind for kind, (asked, _) in VERIFIED.items()}  # label -> the verifier of its verdicts
 
 
 def _by_verdict(kind: str, judged_only: Collection[str] = ()) -> Callable[..., list[float | None]]:
@@ -105,13 +105,15 @@ def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked:
 
     Raises RewardError when the row has no judge, the judge is unknown, or it gives a verdict out of the list.
     """
-    judge, kind = row.get("judge"), KINDS.get(asked or row.get("label"))
+    judge, kind = row.get("judge"), KIND_OF.get(asked or row.get("label"))
     if judge is None and kind in row.get("verifier_verdicts", {}):
         return row["verifier_verdicts"][kind]
     if judge not in JUDGES:
         what = "has no column 'judge'" if judge is None else f"names the unknown judge {judge!r}"
-        which = "verifiers" if kind is None else f"verifiers.{kind}.model"
-        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}; or set {which} in the recipe")
+        other = f"give it a label out of {', '.join(KIND_OF)}"
+        if kind is not None:
+            other = f"a verifier can judge it: verifiers.{kind}.model in the recipe, --verifier {kind}=FOLDER elsewhere"
+        raise RewardError(f"{row_name(row, index)} {what}; judges: {', '.join(JUDGES)}; or {other}")
     if not answer.strip():
         return "unparsable"
     verdict = JUDGES[judge](answer, row if asked is None else {**row, "label": asked})

@@ -120,12 +120,13 @@ class RLStage:
         logged = rollout_metrics(rollout, each) | extra
         logged |= {f"reward_weights/{label}/{n}": w for label, by_name in weights.items() for n, w in by_name.items()}
         logged |= {f"constraints/{name}/lambda": value for name, value in state.multipliers.items()}
-        if state.count_tied(logged["frac_reward_zero_std"]) and context.ranks.first:
-            context.note(f"{stage.name}, step {step}: {TIED}")
         chosen = rollout.only(used, each)
         started = time.perf_counter()
         group_index = torch.arange(wanted).repeat_interleave(each)
         gains = self._advantages(chosen.mixed, group_index, chosen.completions).tolist()
+        learns = any(gains) or bool(stage.beta or stage.entropy_coef)
+        if state.count_tied(learns) and context.ranks.first:
+            context.note(f"{stage.name}, step {step}: {TIED}")
         state.adapt(stage, logged)
         self.groups = [
             Group(
@@ -163,11 +164,11 @@ class RLStage:
         texts = context.policy.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         chosen = [p.reuse(g[0].kept) for p, g in zip(ranks.share(prompts), generated, strict=True)]
         owner = [p for p in chosen for _ in range(each)]
-        judged, mixed = self._rewarded(owner, completions, texts, weights, step_seed(seed, 3, ranks.rank))
-        shares = ranks.gather((completions, texts, judged, mixed))
-        completions, texts, judged = ([x for share in shares for x in share[i]] for i in range(3))
+        verdicts, mixed = self._rewarded(owner, completions, texts, weights, step_seed(seed, 3, ranks.rank))
+        shares = ranks.gather((completions, texts, verdicts, mixed))
+        completions, texts, verdicts = ([x for share in shares for x in share[i]] for i in range(3))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
-        return Rollout(owner, completions, texts, judged, mixed, sampled - started, time.perf_counter() - sampled)
+        return Rollout(owner, completions, texts, verdicts, mixed, sampled - started, time.perf_counter() - sampled)
 
     def _refilled(
         self, rollout: Rollout, wanted: int, step: int, weights
@@ -206,8 +207,8 @@ class RLStage:
 
     def _rewarded(
         self, owner: list[Prompt], completions: list[Completion], texts: list[str], weights: dict, seed: int
-    ) -> tuple[list[dict[str, Any]], MixedRewards]:
-        """Of this rank's responses: the rows with their verdicts, and the rewards.
+    ) -> tuple[list[dict[str, str]], MixedRewards]:
+        """The verifiers' verdicts on this rank's responses, {kind: verdict} each, and the rewards.
 
         Those see STAGE_COLUMNS, too, and the λ that `deliberative` reads.
         """
@@ -224,8 +225,7 @@ class RLStage:
                 row |= given
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
         mixed = self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
-        verdicts = ({n: v for n, v in row.items() if n == "verifier_verdicts"} for row in added)
-        return [p.columns | said for p, said in zip(owner, verdicts, strict=True)], mixed
+        return [row.get("verifier_verdicts", {}) for row in added], mixed
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
         stage = self.context.stage

@@ -39,11 +39,11 @@ def rollout_metrics(rollout: Rollout, each: int) -> dict[str, float]:
     """What is logged of a rollout, ``each`` of its samples a group."""
     mixed, completions = rollout.mixed, rollout.completions
     lengths = np.array([c.own.sum() for c in completions])
-    judged = score(rollout.judged, rollout.texts)
-    by_group = mixed.total.view(-1, each)
+    said = zip(rollout.owner, rollout.verdicts, strict=True)
+    judged = score([prompt.columns | {"verifier_verdicts": given} for prompt, given in said], rollout.texts)
     logged = mixed.metrics() | relations(mixed, each) | _verifier_metrics(mixed)
     return logged | {
-        "frac_reward_zero_std": float((by_group.std(1, correction=0) == 0).float().mean()),
+        "frac_reward_zero_std": 1 - len(rollout.varied(each)) / (len(rollout.owner) // each),
         # over all groups, idle ones too
         "entropy": float(np.concatenate([c.entropies[c.own] for c in completions]).mean()),
         "completions/mean_length": float(lengths.mean()),

@@ -13,20 +13,20 @@ from cosmo_fast.report.metrics import finite
 from cosmo_fast.rewards import MixedRewards
 from cosmo_fast.rollout import Completion
 
-_LISTS = ("owner", "completions", "texts", "judged")
+_LISTS = ("owner", "completions", "texts", "verdicts")
 
 
 @dataclass
 class Rollout:
     """S samples: ``owner`` (the prompt of each), ``completions``, ``texts`` and ``mixed``; seconds spent on them.
 
-    ``judged``: the columns of each with its verifiers' verdicts.
+    ``verdicts``: the column `verifier_verdicts` of each.
     """
 
     owner: list[Prompt]
     completions: list[Completion]
     texts: list[str]
-    judged: list[dict[str, Any]]
+    verdicts: list[dict[str, str]]
     mixed: MixedRewards
     sample_s: float
     reward_s: float

@@ -10,8 +10,9 @@ from cosmo_fast.config import ConfigError, StageConfig
 from cosmo_fast.config.rules import Schedule, at
 
 TIED = (
-    "in no group do the rewards differ, so that nothing is learned. Look at samples/: are the rows too easy or too "
-    "hard, do the rewards say what was meant? Draw other rows, or raise num_generations or temperature"
+    "every advantage of the rollout is 0, as in no group do the rewards differ: nothing is learned. Look at samples/: "
+    "are the rows too easy or too hard, do the rewards say what was meant? Draw other rows, or raise num_generations "
+    "or temperature"
 )
 
 
@@ -21,7 +22,7 @@ class StageState:
 
     Attributes:
         taken, skipped: rows of each source that were drawn, and that a curriculum passed over.
-        multipliers: λ of each constraint. tied: rollouts since one had a group with rewards that differ.
+        multipliers: λ of each constraint. tied: rollouts since one had a gradient.
         recent: the last values of each metric that a rule reads.
         best: [value of ``metric_for_best_model``, global step of its checkpoint]. ended: why the stage ended early.
         reference: global step of the checkpoint that is the reference; 0 is the model that the run began with.
@@ -58,9 +59,9 @@ class StageState:
             }
         return {label: weights for label, weights in changing.items() if weights}
 
-    def count_tied(self, share: float) -> bool:
-        """Counts a rollout by its ``frac_reward_zero_std``; whether it is the first in a row that teaches nothing."""
-        self.tied = self.tied + 1 if share == 1 else 0
+    def count_tied(self, learns: bool) -> bool:
+        """Counts a rollout; whether it is the first in a row of which nothing is learned."""
+        self.tied = 0 if learns else self.tied + 1
         return self.tied == 1
 
     def adapt(self, stage: StageConfig, means: Mapping[str, float]) -> None:

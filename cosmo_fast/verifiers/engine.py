@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.plan import Prompt
 from cosmo_fast.rewards import M3_RECIPES, VERDICTS, RewardMix, answer_text
-from cosmo_fast.rewards.safety import KINDS, VERIFIED, judged, verified
+from cosmo_fast.rewards.format import shown
+from cosmo_fast.rewards.safety import KIND_OF, VERIFIED, judged, verified
 from cosmo_fast.rollout import Sampler, SamplingParams
 from cosmo_fast.stages.packed import Group, passes
 from cosmo_fast.verifiers.prompt import p_score, parse, reference, verifier_messages
@@ -90,43 +92,57 @@ def rewarded(
     return full, own | {kind: verified(kind) for kind in kinds if any(kind in recipe for recipe in recipes.values())}
 
 
-def unasked(rules: Mapping[str, VerifierConfig], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The column `verifier_verdicts` of an answer to a row before a verifier is asked: as of a blank answer.
+def counted(rules: Mapping[str, VerifierConfig], columns: Mapping[str, Any]) -> str | None:
+    """The verifier whose verdict the rates count of a row: where they need one, the row has no judge, and it is there.
 
-    It names the verifier whose verdict the rates of a row without a judge count, if the recipe has one.
+    They need one of rows with a `policy`, `value_rate` and `knowledge_rate` of those with their label.
     """
-    kind = KINDS.get(columns.get("label"))
-    lacks = columns.get("judge") is None and kind in rules and rules[kind].model != RULE
-    return {"verifier_verdicts": {kind: "unparsable"} if lacks else {}}
+    label = columns.get("label")
+    kind = KIND_OF.get(label) if columns.get("policy") is not None or label in ("value", "knowledge") else None
+    return kind if columns.get("judge") is None and kind in rules and rules[kind].model != RULE else None
 
 
-def named(given: Sequence[str], **bounds: int) -> Config:
-    """A recipe of nothing but verifiers, each ``KIND=FOLDER``, and Config's bounds of their forward passes.
+def unjudged(rules: Mapping[str, VerifierConfig], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the column `verifier_verdicts` as it is of a blank answer, about which no verifier is asked."""
+    kind = counted(rules, columns)
+    return {**columns, "verifier_verdicts": {kind: "unparsable"} if kind else {}}
+
+
+def flagged(options: Namespace, rows: Iterable[Row]) -> Config:
+    """A recipe of nothing but the verifiers in ``options.verifier``, each ``KIND=FOLDER``, within the options' bounds.
 
     Raises:
-        ConfigError: no kind, or one that there is not.
+        ConfigError: not of that form, no such kind, one twice, or one that none of the ``rows`` needs.
     """
-    pairs = [text.partition("=")[::2] for text in given]
-    for text, (kind, folder) in zip(given, pairs, strict=True):
-        if kind not in VERIFIED or not folder:
-            raise ConfigError(f"--verifier {text!r}: want KIND=FOLDER, KIND one of {', '.join(VERIFIED)}")
-    return Config.model_construct(verifiers={k: VerifierConfig(model=folder) for k, folder in pairs}, **bounds)
+    rules: dict[str, VerifierConfig] = {}
+    for text in options.verifier:
+        kind, _, folder = text.partition("=")
+        if kind not in VERIFIED or folder in ("", RULE) or kind in rules:
+            raise ConfigError(f"--verifier {text!r}: want KIND=FOLDER, each KIND once, of {', '.join(VERIFIED)}")
+        rules[kind] = VerifierConfig(model=folder)
+    needed = {counted(rules, row.columns) for row in rows}
+    if idle := sorted(rules.keys() - needed):
+        raise ConfigError(
+            f"--verifier {idle[0]}={rules[idle[0]].model}: no row needs its verdict, which is asked for where a row "
+            "without a judge has a policy and that verifier's label, or the label value or knowledge"
+        )
+    bounds = {"sampling_batch_size": options.batch_size, "kv_cache_mib": options.kv_cache_mib}
+    return Config.model_construct(verifiers=rules, **bounds)
 
 
 class Verifiers:
     """The verifiers of a recipe's ``verifiers``. ``engines``: one a checkpoint, however many kinds name it.
 
-    ``resolve``: ``world:`` names to paths; ``device``: where they wake; ``mixes``: the stages'. ValueError: a model
-    that cannot be loaded, or that no stage has use for.
+    ``resolve``: ``world:`` names to paths; ``device``: where they wake; ``used``: the kinds that rewards or rates need.
+    ValueError: a model that cannot be loaded, or that nothing has use for.
     """
 
     def __init__(
         self, config: Config, resolve: Callable[[str], str] = str, device: torch.device | str = "cpu",
-        mixes: Mapping[str, RewardMix] | None = None,
+        used: Collection[str] | None = None,
     ):  # fmt: skip
-        used = config.verifiers if mixes is None else {name for mix in mixes.values() for name in mix.functions}
-        if unused := sorted(config.verifiers.keys() - used):
-            raise ConfigError(f"verifiers {unused}: no stage's reward_recipe names them")
+        if unused := sorted(config.verifiers.keys() - set(config.verifiers if used is None else used)):
+            raise ConfigError(f"verifiers {unused}: no stage's reward_recipe names them, and no row's rates need them")
         self.rules, self.device, self.engines, self.of = config.verifiers, torch.device(device), {}, {}
         for kind, rule in self.rules.items():
             path = resolve(rule.model)
@@ -138,55 +154,66 @@ class Verifiers:
                     raise ConfigError(f"verifiers.{kind}.model={rule.model!r}: {error}") from error
                 self.engines[path] = Engine(policy, config)
 
-    def check(self, prompts: Sequence[Prompt], mix: RewardMix) -> None:
-        """ValueError where a row cannot be shown to the verifier that it needs, or to its judge."""
+    def check(self, prompts: Sequence[Prompt], mix: RewardMix | None = None) -> None:
+        """ValueError where a row cannot be shown to the verifier that rewards (of ``mix``) or rates need."""
         for prompt in prompts:
-            for kind in self._needed(prompt, mix.recipe(prompt.columns, prompt.source)):
+            for kind in self._needed(prompt, mix.recipe(prompt.columns, prompt.source) if mix else ()):
                 try:
                     self._shown(kind, prompt, "", np.random.default_rng(0))
                 except ValueError as error:
                     raise DataError(f"verifiers.{kind}: {error}") from error
 
     def __call__(
-        self, prompts: Sequence[Prompt], texts: Sequence[str], recipes: Sequence[Collection[str]], seed: int
+        self, prompts: Sequence[Prompt], texts: Sequence[str], recipes: Sequence[Collection[str]] | None, seed: int
     ) -> list[dict[str, Any]]:
         """The columns `verifier_scores` {kind: score}, `verifier_verdicts` {kind: verdict} and `verifier_unparsable`.
 
-        Asked are the verifiers that a sample's rewards name, and the one whose verdict the rates of a row without a
-        judge count. A verifier sees what follows ``</think>``; with ``think`` the score is that times the thought's, if
-        there is one. A blank answer is not asked about.
+        Asked are the verifiers that a sample's rewards name, and the :func:`counted` one. A verifier sees what follows
+        ``</think>``; with ``think`` the score is that times the thought's, if there is one. A blank answer is not asked
+        about; of one without think tags there is a verdict, but no score, as rates read it and rewards do not.
 
         Args:
-            prompts, texts: the samples. recipes: the names of each one's rewards, none where verdicts alone are wanted.
+            prompts, texts: the samples. recipes: the names of each one's rewards; None where rates alone are wanted.
             seed: of the marks and of ``noise``, which exchanges scores, not verdicts.
 
         Raises:
-            ValueError: more than ``max_unparsable`` of a verifier's answers are none of its verdicts.
+            ValueError: more than ``max_unparsable`` of the answers of a verifier that rewards are none of its verdicts.
         """
-        asked: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for i, (prompt, text, recipe) in enumerate(zip(prompts, texts, recipes, strict=True)):
+        asked: dict[str, list[tuple[int, str, bool]]] = defaultdict(list)
+        result = []
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            verdicts = unjudged(self.rules, prompt.columns)["verifier_verdicts"]
+            result.append({"verifier_scores": {}, "verifier_verdicts": verdicts})
             answer, thought = answer_text(text), text.partition("</think>")[0].replace("<think>", "").strip()
-            for kind in self._needed(prompt, recipe) if answer.strip() else []:
-                asked[kind] += [(i, answer)] + [(i, thought)] * (self.rules[kind].think and thought != "")
-        result = [{"verifier_scores": {}} | unasked(self.rules, prompt.columns) for prompt in prompts]
+            for kind in self._needed(prompt, recipes[i] if recipes else ()):
+                if recipes and answer.strip():
+                    asked[kind] += [(i, answer, True)] + [(i, thought, True)] * (
+                        self.rules[kind].think and thought != ""
+                    )
+                elif kind in verdicts and (whole := answer_text(shown(text))).strip():
+                    asked[kind].append((i, whole, False))
         for path in dict.fromkeys(self.of[kind] for kind in asked):  # a checkpoint wakes once
             with nullcontext() if path == RULE else self.engines[path].awake(self.device):
                 for kind in [kind for kind in asked if self.of[kind] == path]:
                     rng = np.random.default_rng([seed, *kind.encode()])
-                    shown = [self._shown(kind, prompts[i], text, rng) for i, text in asked[kind]]
-                    for (i, _), verdict, score in zip(asked[kind], *self._scores(kind, shown, rng), strict=True):
+                    put = [self._shown(kind, prompts[i], text, rng) for i, text, _ in asked[kind]]
+                    found = self._scores(kind, put, rng, bounded=recipes is not None)
+                    for (i, _, scored), verdict, score in zip(asked[kind], *found, strict=True):
                         row, bad = result[i], float(score is None)
                         if kind in row["verifier_verdicts"] and kind not in row["verifier_scores"]:  # of the answer
                             row["verifier_verdicts"][kind] = verdict or "unparsable"
+                        if not scored:
+                            if recipes is None:
+                                row["verifier_unparsable"] = bad
+                            continue
                         worth = VERDICTS[VERIFIED[kind][0]]["unparsable"] if score is None else score
                         row["verifier_scores"][kind] = row["verifier_scores"].get(kind, 1.0) * worth
                         row["verifier_unparsable"] = max(bad, row.get("verifier_unparsable", 0.0))
         return result
 
     def _needed(self, prompt: Prompt, recipe: Collection[str]) -> list[str]:
-        counted = unasked(self.rules, prompt.columns)["verifier_verdicts"]
-        rewarded = {k for k in self.rules if k in recipe and prompt.columns.get("label") in VERIFIED[k][1]}
-        return [k for k in self.rules if k in rewarded or k in counted]
+        own, label = counted(self.rules, prompt.columns), prompt.columns.get("label")
+        return [k for k in self.rules if k == own or (k in recipe and label in VERIFIED[k][1])]
 
     def _shown(self, kind: str, prompt: Prompt, answer: str, rng: np.random.Generator) -> Any:
         """The verifier's prompt; of a rule the judge's verdict."""
@@ -194,8 +221,13 @@ class Verifiers:
             return judged(answer, prompt.columns, asked=VERIFIED[kind][0])
         return self.engines[self.of[kind]].prompt(kind, self.rules[kind], prompt, answer, rng)
 
-    def _scores(self, kind: str, shown: list, rng: np.random.Generator) -> tuple[list[str | None], list[float | None]]:
-        """Verdicts and scores of a kind, None for what is no verdict; ``noise`` of the scores are another verdict's."""
+    def _scores(
+        self, kind: str, shown: list, rng: np.random.Generator, bounded: bool
+    ) -> tuple[list[str | None], list[float | None]]:
+        """Verdicts and scores of a kind, None for what is no verdict; ``noise`` of the scores are another verdict's.
+
+        bounded: more than ``max_unparsable`` of None is an error.
+        """
         rule, worth, said, chances = self.rules[kind], VERDICTS[VERIFIED[kind][0]], shown, None
         if self.of[kind] != RULE:
             engine = self.engines[self.of[kind]]
@@ -206,7 +238,7 @@ class Verifiers:
                 said = engine.said(shown, rule.max_tokens)
         verdicts = [parse(kind, text) for text in said]
         bad = [text for text, verdict in zip(said, verdicts, strict=True) if verdict is None]
-        if len(bad) > rule.max_unparsable * len(said):
+        if bounded and len(bad) > rule.max_unparsable * len(said):
             raise ValueError(
                 f"verifiers.{kind}: {len(bad)} of {len(said)} answers of {rule.model!r} are no verdict of it, first "
                 f"{bad[0]!r}; over max_unparsable={rule.max_unparsable}. Was it trained by the recipe verifier?"
