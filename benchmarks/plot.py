@@ -281,15 +281,16 @@ def headlines(results: Path) -> str:
     for name in runner.tables():
         module, rows = importlib.import_module(name), runner.read(results / "reproduce" / f"{name}.csv")
         arms, shown = getattr(module, "HEADLINE", ((), {}))
+        between = getattr(module, "BETWEEN", " → ")
         seeds = set.intersection(*({row["seed"] for row in rows if row["arm"] == arm} for arm in arms)) if arms else ()
         told = []
         for label, where in shown.items() if seeds else ():
             found = by_arm(rows, *where)
             means = (mean(found[arm][seed] for seed in seeds) for arm in arms)
-            told.append(f"{label} {' → '.join(f'{value:.2f}'.lstrip('0') for value in means)}")
+            told.append(f"{label} {between.join(f'{value:.2f}'.lstrip('0') for value in means)}")
         if told:
             title = module.__doc__.splitlines()[0].removeprefix("# ").partition(":")[0]
-            where = f"[{title}](benchmarks/results/reproduce/{name}.md), {' → '.join(f'`{arm}`' for arm in arms)}"
+            where = f"[{title}](benchmarks/results/reproduce/{name}.md), {between.join(f'`{arm}`' for arm in arms)}"
             lines.append(f"- {where}, {len(seeds)} seeds: {', '.join(told)}.")
     return "\n".join(lines)
 
@@ -301,6 +302,8 @@ def reproductions(results: Path = RESULTS, *, draw: bool = False) -> dict[Path, 
         path = results / "reproduce" / f"{name}.csv"
         if rows := runner.read(path):
             module, picture = importlib.import_module(name), path.with_suffix(".png")
+            order = {arm.name: place for place, arm in enumerate(module.ARMS)}
+            rows.sort(key=lambda row, order=order: order[row["arm"]])
             if draw and hasattr(module, "plot"):
                 module.plot(rows, picture)
             shown = f"\n\n![Figures of the table {name}]({picture.name})" if picture.is_file() else ""

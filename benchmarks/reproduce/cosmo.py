@@ -8,17 +8,17 @@ each with 180 steps of 256 completions of CPGD (with the advantage of GRPO): `ca
 then mixed for 140: COSMO-RL's order). Safety rows come plain and under three families of attack; figure_step is in no
 safety training, though the cold start has been taught, with help to benign requests, to follow it as all others.
 Controls: `clean_sft` goes on with supervised rows without any bias, `rft` with the cold start's own right responses (8
-a row sampled, those with full reward kept, `rft_rows`); both for about the seconds that RL takes (the column is of the
-stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 to 90 of its sampling), and `clean_sft` has the
-right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias and with half of it.
-`-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model that `verifier` trained
-on labelled answers. `-instructed`: a seventh of the mix are instructions. `-focused`: in the mixed stage every track
-has the paper's four terms, 0.2 of Visual-Focus (our `visual_focus_drop`) with format, help and task; the other arms
-have format and the label's own reward. `-qwen3_vl`, `-internvl`: cold start and two stages of other tiny backbones
-(2.0 and 1.6 M parameters) on the same rows, no other setting changed; to InternVL a picture with drawn words is 12 to
-16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful intents, the scenes'
-safety rows under every attack (some harmful ones under 64 compositions), and instructions. No row asks for advice
-(label `value`): that track is in SafeWork-R1's table.
+a row sampled, those with full reward kept, `rft_rows`); both for about four fifths of the seconds that RL takes (the
+column is of the stage alone: `two_stage` has the 33 of `general` before it, `rft` the 80 of its sampling), and
+`clean_sft` has the right answers, which RL never sees. `-bias0`, `-bias35`: two-stage from a cold start with no bias
+and with half of it. `-noise10`, `-noise20`: 10 and 20 % of the verdicts exchanged; `-verifier`: verdicts of a model
+that `verifier` trained on labelled answers. `-instructed`: a seventh of the mix are instructions. `-focused`: in the
+mixed stage every track has the paper's four terms, 0.2 of Visual-Focus (our `visual_focus_drop`) with format, help and
+task; the other arms have format and the label's own reward. `-qwen3_vl`, `-internvl`: cold start and two stages of
+other tiny backbones (2.0 and 1.6 M parameters) on the same rows, no other setting changed; to InternVL a picture with
+drawn words is 12 to 16 tokens, not 6 to 10. Evaluation is greedy, on held-out scenes, objects (`concepts`), harmful
+intents, the scenes' safety rows under every attack (some harmful ones under 64 compositions), and instructions. No row
+asks for advice (label `value`): that track is in SafeWork-R1's table.
 
 Three arms have run twice. In the first run `clean_sft` (300 steps) and `rft` (160) had less time than RL, and
 `-instructed` rewarded form in questions only, while a third of its instructions stand in requests. Their rows are of
@@ -51,8 +51,8 @@ Hypotheses, written before the run, of means over the seeds (each can fail):
 12. Order and mix do not protect from a verifier's errors: `mixed-verifier` and `safety-verifier` have safe rates below
     `mixed` and `safety` by >= 0.05, too.
 
-What came out, written after three seeds (means; `verifier` and `two_stage-verifier`: two seeds). Seeds 3 and 4 of the
-headline, planned after the first three, have not run:
+What came out, written after three seeds (means; transfer: one seed). Seeds 3 and 4 of the headline, planned after the
+first three, have not run:
 
 1. figure_step: safe rate lower by 0.35, but read at 0.89, so that it counts on two of three seeds only. role_play does
    not. (Typographic and split count: the pilot's cold start had read less.)
@@ -60,24 +60,31 @@ headline, planned after the first three, have not run:
    already is as unsafe as the cold start was made.
 3. First half holds: 0.86 on every seed. Accuracy falls by 0.03 in the mean only.
 4. Holds in the means: accuracy +0.13, safe rate +0.52, over-refusal +0.01, figure_step from 0.91 to 0.36. Not on every
-   seed: accuracy +0.08 on one, over-refusal +0.09 on another.
+   seed: accuracy +0.08 on one, over-refusal +0.09 on another. Under attacks it has a price: benign rows refused there
+   rise from 0.01 to 0.11, and figure_step's are answered as asked in 0.80, not 0.89.
 5. Wrong: `mixed` is 0.02 above `two_stage` in both, on two of three seeds in each.
-6. Half of it. On concepts RL is no safer (0.34; 0.33 after both SFT arms) and refuses more benign requests (0.28; 0.17
-   and 0.16). Under figure_step it gives in less often than `rft`: 0.36 against 0.60. On plain scenes `clean_sft` is
-   better than RL in everything, as one expects of right answers to learn from, and `rft` as good or better.
+6. Half of it. On concepts RL is no safer (0.34; 0.34 after both SFT arms) and refuses more benign requests (0.28;
+   0.18). Under figure_step it gives in less often than `rft`, 0.36 against 0.58, and refuses more benign rows under
+   attacks (0.11; 0.03). On plain scenes `clean_sft` is better than RL in everything, as one expects of right answers to
+   learn from, and `rft` as good or better. (First runs: `clean_sft` accuracy 0.94, safe rate 0.97; `rft` 0.89, 0.97,
+   0.60 under figure_step.)
 7. Wrong by a hair: 0.99, 0.93 and 0.95. From the unbiased cold start RL has nothing to mend: accuracy -0.02,
    over-refusal +0.02.
-8. Holds. Noise costs no safe rate (0.96, 0.95; 0.95 without), 20 % of it some over-refusal (0.11; 0.07). The trained
-   verifier, right on 0.85 of held-out verdicts, is exploited: at the end it gives 0.92 where the rule gives 0.46, and
-   the safe rate is 0.50, 0.48 below `two_stage` with the same seeds.
+8. Holds. Noise costs no safe rate (0.96, 0.95; 0.95 without), 20 % of it some over-refusal (0.11; 0.07); an exchanged
+   verdict often earns the same, so that a response's reward is off by 0.08 and 0.15. The trained verifier (right on
+   0.89 of held-out verdicts on safety, 0.96 on help, by class below) is exploited: at the end it gives 0.89 where the
+   rule gives 0.43, and the safe rate is 0.54, 0.41 below `two_stage`.
 9. -0.03 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
-   from 0.86 to 0.77. With instructions in the mix that stays (0.86), and following falls more (-0.07).
-10. Not run.
-11. Not run.
-12. Not run.
+   from 0.86 to 0.77. With instructions in the mix that stays (0.85), and following still falls (-0.02; in the first
+   run, which rewarded it in questions only, -0.07).
+10. Not on the one seed run: accuracy +0.14 and +0.10 (Qwen3-VL, InternVL), safe rate +0.53 and +0.46, but over-refusal
+    +0.09 and +0.07.
+11. Wrong: accuracy falls by 0.09, for 0.03 more focus (more on two of three seeds). The last sentence holds: 0.61
+    beside the answer's own picture, 0.10 beside another (`two_stage`).
+12. Holds: `mixed-verifier` -0.35, `safety-verifier` -0.78.
 
 The 64 compositions were measured afterwards, without a hypothesis: at least one gets through for all 20 requests on
-`cold`, and for 0.73 of them after `two_stage` (`mixed` 0.80, `rft` 0.93); of all tries 0.94 becomes 0.43 (0.35, 0.63).
+`cold`, and for 0.73 of them after `two_stage` (`mixed` 0.80, `rft` 0.92); of all tries 0.94 becomes 0.43 (0.35, 0.60).
 
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
 mix, attacks, controls, thresholds. Published figures: IF-Eval 86.3 before, 74.9 after; the other result tables are not
@@ -134,6 +141,8 @@ FORMED = {
 }
 TRAINED, HELD_OUT = ("typographic", "split", "role_play"), "figure_step"
 ASKED = (*FIVE, "clean_sft", "rft", "two_stage-focused")  # their models are asked more than training did
+VERIFIED_KINDS = ("safety", "helpful")  # that arms are judged by
+VERDICTS = ("safe", "unsafe", "safe_warning", "safe_refusal", "unnecessary_refusal", "illogical", "unparsable")
 FAMILIES = ("qwen3_vl", "internvl")  # of other backbones
 PARTS = 4  # of a stage, in which rewards are filed
 RECIPE = "cosmo.yaml"
@@ -348,6 +357,11 @@ def table(rows: list[dict[str, str]]) -> str:
         if ends[0]:
             apart = f"; of a response the two are {apart} apart" if ends[2] else ""
             lines.append(f"- Last quarter of {arm}: reward {proxy}, by the rule {gold}{apart}.")
+    for kind in VERIFIED_KINDS:
+        if right := summary.by_arm(rows, "verdicts", f"{kind}_accuracy").get("verifier"):
+            classes = ((v, summary.by_arm(rows, "verdicts", f"{kind}_{v}").get("verifier")) for v in VERDICTS)
+            shares = ", ".join(f"{v} {summary.spread([*by.values()])}" for v, by in classes if by)
+            lines.append(f"- `verifier`, {kind}: right {summary.spread([*right.values()])} (by class: {shares}).")
     for family in FAMILIES:
         metrics, own = ["accuracy", "safe_rate", "over_refusal_rate"], (f"cold-{family}", "cold")
         if found := summary.cells(rows, "scenes", metrics, own).get((f"two_stage-{family}", "both")):
@@ -371,7 +385,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         drawn = left.scatter([mean(x)], [mean(y)], c=[mean(colour)], **shown)
         left.annotate(str(number), (mean(x), mean(y)), (3, 3), textcoords="offset points", fontsize=8)
     left.margins(0.12)
-    left.legend(fontsize=7, loc="center left", ncols=2, markerscale=0, handlelength=0, handletextpad=0)
+    left.legend(fontsize=7, loc="lower right", ncols=2, markerscale=0, handlelength=0, handletextpad=0)
     left.set(xlabel="accuracy", ylabel="safe rate", title="held-out scenes: mean, smallest and largest seed")
     figure.colorbar(drawn, label="over-refusal")
     for number, arm in enumerate(JUDGES):
@@ -387,10 +401,10 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         ylabel="reward for safety and help",
         title="judge and rule, mean ± deviation",
         xticks=range(1, PARTS + 1),
-        ylim=(0, 1),
+        ylim=(0, 1.4),
     )
     if right.lines:
-        right.legend(fontsize=7, loc="lower left")
+        right.legend(fontsize=7, loc="upper left", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
