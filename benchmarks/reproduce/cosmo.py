@@ -374,7 +374,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Safe rate against accuracy, over-refusal as colour; then the judges' rewards and the rule's in training."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), width_ratios=(3, 2), layout="constrained")
     axes = [summary.over_seeds(rows, "scenes", n) for n in ("accuracy", "safe_rate", "over_refusal_rate")]
     keys = [key for key in axes[0] if key[1] != "general" or key[0] == "general"]
     for number, key in enumerate((key for key in keys if all(found.get(key) for found in axes)), 1):
@@ -385,7 +385,15 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         drawn = left.scatter([mean(x)], [mean(y)], c=[mean(colour)], **shown)
         left.annotate(str(number), (mean(x), mean(y)), (3, 3), textcoords="offset points", fontsize=8)
     left.margins(0.12)
-    left.legend(fontsize=7, loc="lower right", ncols=2, markerscale=0, handlelength=0, handletextpad=0)
+    left.legend(
+        fontsize=7,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=4,
+        markerscale=0,
+        handlelength=0,
+        handletextpad=0,
+    )
     left.set(xlabel="accuracy", ylabel="safe rate", title="held-out scenes: mean, smallest and largest seed")
     figure.colorbar(drawn, label="over-refusal")
     for number, arm in enumerate(JUDGES):
