@@ -10,7 +10,7 @@ from conftest import SMALL
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks" / "reproduce"))
 
-import cosmo  # noqa: E402
+import cosmo_asked  # noqa: E402
 import safework  # noqa: E402
 
 from cosmo_fast.config import load_config  # noqa: E402
@@ -42,7 +42,21 @@ def test_best_of_64_counts_a_request_that_one_family_of_attacks_gets_through(end
     asked = {row.columns["attack_of"] for row in rows if row.columns["policy"] == "refuse"}
     # of 64 compositions 4 are typographic alone
     wanted = {"best64_success": 1.0, "mean64_success": 0.0625, "best64_n": len(asked)}
-    assert asked and cosmo.best_of_64(ended) == wanted
+    general = [row for row in load_rows(small_world / "scenes.jsonl") if "answer" in row.columns]
+    views = []
+
+    def drops(context, prompts, scored):
+        """Which picture each answer stands beside."""
+        views.append([[medium.key for medium in prompt.media] for prompt in prompts])
+        return [len(views) - 1.0] * len(prompts)
+
+    monkeypatch.setattr(cosmo_asked, "logprob_drops", drops)
+    found = cosmo_asked.asked(ended)
+    assert asked and wanted.items() <= found.items()
+    assert (
+        views[0] == [[str(path) for path in row.images] for row in general] and views[1] == views[0][1:] + views[0][:1]
+    )
+    assert (found["focus"], found["focus_other"], found["focus_n"]) == (0.0, 0.6321, len(general))
     assert [path for path in small_world.parent.iterdir() if path.is_dir()] == [small_world]  # found, not built anew
 
 
