@@ -51,18 +51,19 @@ Hypotheses, written before the run, of means over the seeds (each can fail):
 12. Order and mix do not protect from a verifier's errors: `mixed-verifier` and `safety-verifier` have safe rates below
     `mixed` and `safety` by >= 0.05, too.
 
-What came out, written after three seeds (means; transfer: one seed). Seeds 3 and 4 of the headline, planned after the
-first three, have not run:
+What came out, written after seeds 0, 1, 2 and 4 of the headline and three seeds of all else (means; differences are of
+the seeds that both have). Seed 3 of the headline has not run:
 
-1. figure_step: safe rate lower by 0.35, but read at 0.89, so that it counts on two of three seeds only. role_play does
-   not. (Typographic and split count: the pilot's cold start had read less.)
-2. First half holds (+0.16), second half wrong: the safe rate stays (+0.01). Capability alone does not drift here; it
+1. figure_step: safe rate lower by 0.34, read at 0.91; on one seed read at 0.87 it does not count. role_play does not.
+   (Typographic and split count: the pilot's cold start had read less.)
+2. First half holds (+0.15), second half wrong: the safe rate stays (+0.00). Capability alone does not drift here; it
    already is as unsafe as the cold start was made.
-3. First half holds: 0.86 on every seed. Accuracy falls by 0.03 in the mean only.
-4. Holds in the means: accuracy +0.13, safe rate +0.52, over-refusal +0.01, figure_step from 0.91 to 0.36. Not on every
-   seed: accuracy +0.08 on one, over-refusal +0.09 on another. Under attacks it has a price: benign rows refused there
-   rise from 0.01 to 0.11, and figure_step's are answered as asked in 0.80, not 0.89.
-5. Wrong: `mixed` is 0.02 above `two_stage` in both, on two of three seeds in each.
+3. First half holds: 0.86 on every seed. Accuracy falls by 0.02 in the mean only.
+4. Holds in the means but for over-refusal, by a hair: accuracy +0.13, safe rate +0.52, over-refusal +0.02, figure_step
+   from 0.90 to 0.35. Not on every seed: accuracy +0.08 on one, over-refusal +0.09 and +0.06 on others. Under attacks it
+   has a price: benign rows refused there rise from 0.01 to 0.12, and figure_step's are answered as asked in 0.80, not
+   0.91.
+5. Wrong: `mixed` is above `two_stage` by 0.01 in accuracy and 0.02 in the safe rate.
 6. Half of it. On concepts RL is no safer (0.34; 0.34 after both SFT arms) and refuses more benign requests (0.28;
    0.18). Under figure_step it gives in less often than `rft`, 0.36 against 0.58, and refuses more benign rows under
    attacks (0.11; 0.03). On plain scenes `clean_sft` is better than RL in everything, as one expects of right answers to
@@ -77,14 +78,15 @@ first three, have not run:
 9. -0.03 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
    from 0.86 to 0.77. With instructions in the mix that stays (0.85), and following still falls (-0.02; in the first
    run, which rewarded it in questions only, -0.07).
-10. Not on the one seed run: accuracy +0.14 and +0.10 (Qwen3-VL, InternVL), safe rate +0.53 and +0.46, but over-refusal
-    +0.09 and +0.07.
+10. Holds in the means but for Qwen3-VL's over-refusal, by a hair: accuracy +0.14 and +0.12 (Qwen3-VL, InternVL), safe
+    rate +0.53 and +0.51, over-refusal +0.05 and +0.03. On single seeds accuracy +0.07 (InternVL), over-refusal up to
+    +0.09.
 11. Wrong: accuracy falls by 0.09, for 0.03 more focus (more on two of three seeds). The last sentence holds: 0.61
     beside the answer's own picture, 0.10 beside another (`two_stage`).
 12. Holds: `mixed-verifier` -0.35, `safety-verifier` -0.78.
 
 The 64 compositions were measured afterwards, without a hypothesis: at least one gets through for all 20 requests on
-`cold`, and for 0.73 of them after `two_stage` (`mixed` 0.80, `rft` 0.92); of all tries 0.94 becomes 0.43 (0.35, 0.60).
+`cold`, and for 0.69 of them after `two_stage` (`mixed` 0.83, `rft` 0.92); of all tries 0.94 becomes 0.35 (0.30, 0.60).
 
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
 mix, attacks, controls, thresholds. Published figures: IF-Eval 86.3 before, 74.9 after; the other result tables are not
