@@ -125,15 +125,17 @@ class Trainer:
             check_metrics(stage, measured, getattr(self.reward_mixes.get(stage.name), "functions", ()))
 
     def _verifiers(self, resolve) -> Verifiers:
-        used = {name for mix in self.reward_mixes.values() for name in mix.functions}
         files = [rows for stage in self.reward_mixes for rows, _ in self.rows[stage].values()]
         judged = (row for rows in (*files, *self.eval_rows.values()) for row in rows)
-        used |= {counted(self.config.verifiers, row.columns) for row in judged}
-        return Verifiers(self.config, resolve, self.policy.device, used)
+        rated = {counted(self.config.verifiers, row.columns) for row in judged}
+        return Verifiers(self.config, resolve, self.policy.device, rated | self._rewards())
+
+    def _rewards(self) -> set[str]:
+        """Names of all stages' rewards."""
+        return {name for mix in self.reward_mixes.values() for name in mix.functions}
 
     def _check_rewards_used(self) -> None:
-        used = {name for mix in self.reward_mixes.values() for name in mix.functions}
-        if unused := sorted(self.reward_funcs.keys() - used):
+        if unused := sorted(self.reward_funcs.keys() - self._rewards()):
             raise ConfigError(f"reward_funcs {unused} are named by no stage's reward_recipe")
 
     def _encode(self, stage: StageConfig) -> dict[str, tuple[list, float]]:

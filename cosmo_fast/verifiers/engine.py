@@ -222,20 +222,20 @@ class Verifiers:
         return self.engines[self.of[kind]].prompt(kind, self.rules[kind], prompt, answer, rng)
 
     def _scores(
-        self, kind: str, shown: list, rng: np.random.Generator, bounded: bool
+        self, kind: str, put: list, rng: np.random.Generator, bounded: bool
     ) -> tuple[list[str | None], list[float | None]]:
         """Verdicts and scores of a kind, None for what is no verdict; ``noise`` of the scores are another verdict's.
 
         bounded: more than ``max_unparsable`` of None is an error.
         """
-        rule, worth, said, chances = self.rules[kind], VERDICTS[VERIFIED[kind][0]], shown, None
+        rule, worth, said, chances = self.rules[kind], VERDICTS[VERIFIED[kind][0]], put, None
         if self.of[kind] != RULE:
             engine = self.engines[self.of[kind]]
             if kind == "knowledge":  # ours: with less than half of the mass on both it was no answer to the question
-                chances = engine.chances(shown, ("TRUE", "FALSE"))
+                chances = engine.chances(put, ("TRUE", "FALSE"))
                 said = [("TRUE" if t > f else "FALSE") if t + f >= 0.5 else "neither" for t, f in chances]
             else:
-                said = engine.said(shown, rule.max_tokens)
+                said = engine.said(put, rule.max_tokens)
         verdicts = [parse(kind, text) for text in said]
         bad = [text for text, verdict in zip(said, verdicts, strict=True) if verdict is None]
         if bounded and len(bad) > rule.max_unparsable * len(said):
