@@ -332,3 +332,29 @@ def test_two_flags_point_a_shipped_recipe_at_a_model_and_a_data_folder(name, sma
     trainer = Trainer(load_config(name, flags))
     assert all(rows for sources in trainer.data.values() for rows, _ in sources.values())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_past_a_reward_that_fails_now_and_then(recipe, tmp_path, capsys):
+    def flaky(prompts, completions, **columns):
+        values = chance(prompts, completions)
+        if len(values) == 1 and values[0] == 0:
+            raise OSError("no answer")
+        return values if 0 not in values else [float("nan") if value == 0 else value for value in values]
+
+    flags = ["--stages.rl.max_steps=2", "--stages.rl.reward_recipe={'*': {own: 1}}", "--log_completions=48"]
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        mixed = f"--stages.rl.multi_objective_aggregation={aggregation}"
+        rare = [mixed, "--stages.rl.max_reward_failures=0.5", f"--output_dir={tmp_path}/{aggregation}"]
+        run(recipe, *flags, *rare, rewards={"own": flaky})
+        rows = [row for row in metrics(tmp_path / aggregation) if row["stage"] == "rl"]
+        assert len(rows) == 2 and all(math.isfinite(row["reward"]) for row in rows)
+        (last,) = (tmp_path / aggregation / "samples").glob("*.jsonl")
+        samples = [json.loads(line) for line in last.read_text().splitlines()]
+        left_out = [sample for sample in samples if sample["reward"] is None]
+        assert len(left_out) == rows[-1]["rewards/own/failed"] > 0 and all(
+            sample["advantage"] == 0 for sample in left_out
+        )
+        assert any(sample["advantage"] for sample in samples)
+    assert "reward 'own' gave nan for" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="reward 'own' gave nan for .* over max_reward_failures=0.01"):
+        run(recipe, *flags, "--stages.rl.max_reward_failures=0.01", rewards={"own": flaky})

@@ -43,6 +43,7 @@ def reward_mix(config: Config, stage: StageConfig, reward_funcs: Mapping[str, Re
         options=stage.reward_options,
         max_completion_length=config.max_completion_length,
         timeout=stage.reward_timeout,
+        worker=stage.reward_worker,
     )
     named = {"dynamic_sample_reward": stage.dynamic_sample_reward} if stage.dynamic_sample_reward else {}
     named |= {"gate_reward": stage.gate_reward} if stage.multi_objective_aggregation == "gated" else {}

@@ -1,13 +1,10 @@
 """Which rewards a sample gets: its label names a recipe, a recipe is {reward: weight}."""
 
-import asyncio
 import importlib
 import inspect
 import math
-import signal
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,15 +12,15 @@ from typing import Any
 import torch
 
 from cosmo_fast.rewards.accuracy import accuracy
-from cosmo_fast.rewards.columns import RewardError, columns_of, row_name
+from cosmo_fast.rewards.calls import ARGUMENTS, Fault, RewardFunction, Sample, Values, call, compute, time_limit
+from cosmo_fast.rewards.columns import RewardError, row_name
 from cosmo_fast.rewards.confidence import confidence, deliberative, reliability
 from cosmo_fast.rewards.format import format_answer, format_deliberative, format_perception, format_reward
 from cosmo_fast.rewards.instruction import instruction
 from cosmo_fast.rewards.length import repetition, soft_overlong
 from cosmo_fast.rewards.perception import consistency, textual_key, visual_focus, visual_focus_drop, visual_key
 from cosmo_fast.rewards.safety import GOLD, general, helpful, knowledge, safety, value, verifier_unparsable
-
-RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+from cosmo_fast.rewards.worker import Worker
 
 REWARDS: dict[str, RewardFunction] = {
     "format": format_reward, "format_answer": format_answer, "format_perception": format_perception,
@@ -53,13 +50,17 @@ STAGE_COLUMNS: dict[str, Any] = {"completion_ids": (), "blank_logprob_drop": 0.0
 class MixedRewards:
     """total: (S,) float32. matrix: (S, R) float32, unweighted, NaN = does not apply. names: the R columns.
 
-    weights: (S, R) float32, those of the samples' labels; 0 where a recipe does not name the reward.
+    weights: (S, R) float32, those of the samples' labels; 0 where a recipe does not name the reward. A sample on which
+    a reward fails has NaN alone: its advantage is 0 and it is in nobody's baseline. failed: the rewards' names, once
+    for each such sample. notes: what to say of faults. Both are of the whole call, not of samples picked by index.
     """
 
     total: torch.Tensor
     matrix: torch.Tensor
     weights: torch.Tensor
     names: tuple[str, ...]
+    failed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, samples: torch.Tensor) -> "MixedRewards":
         """Those of some samples, by index."""
@@ -69,7 +70,8 @@ class MixedRewards:
     def joined(cls, parts: "Sequence[MixedRewards]") -> "MixedRewards":
         """The samples of several, one after the other."""
         joint = (torch.cat([getattr(part, name) for part in parts]) for name in ("total", "matrix", "weights"))
-        return cls(*joint, parts[0].names)
+        said = (tuple(one for part in parts for one in getattr(part, name)) for name in ("failed", "notes"))
+        return cls(*joint, parts[0].names, *said)
 
     def apart(self, named: Sequence[str], merge: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """(matrix, weights) of the same samples, (S, K) each, as `objectives.advantages` takes several objectives.
@@ -87,8 +89,13 @@ class MixedRewards:
         return matrix, torch.cat([torch.ones_like(total)[:, None], self.weights[:, chosen]], 1)
 
     def metrics(self) -> dict[str, float]:
-        """reward, reward_std, and rewards/<name>/mean|std over the samples that the reward applies to, if any."""
-        result = {"reward": self.total.mean().item(), "reward_std": self.total.std(correction=0).item()}
+        """reward, reward_std, rewards/<name>/mean|std over the samples that the reward applies to, if any.
+
+        rewards/<name>/failed: the samples on which it fails, if any.
+        """
+        total = self.total[~self.total.isnan()]
+        result = {"reward": total.mean().item(), "reward_std": total.std(correction=0).item()}
+        result |= {f"rewards/{name}/failed": float(count) for name, count in Counter(self.failed).items()}
         for name, column in zip(self.names, self.matrix.unbind(1), strict=True):
             values = column[~column.isnan()]
             if len(values):
@@ -105,7 +112,8 @@ class RewardMix:
     rewards: further rewards, {name: callable or dotted path}, each f(prompts, completions, **columns) -> list of floats
     or None (does not apply), sync or async. A reward sees the samples whose recipe names it and no others.
     options: {reward: {argument: value}}, such as {"visual_key": {"tau_high": 0.9}}. timeout: seconds that one call of a
-    reward may take; the limit is SIGALRM, which only the main thread has: elsewhere there is none, nor after an
+    reward may take. worker: rewards are computed in a process of their own, which is killed when time is up. Without
+    one the limit is SIGALRM, which only the main thread has: elsewhere there is none, nor inside C code, nor after an
     alarm that the reward sets itself (math-verify's limits do).
     """
 
@@ -118,6 +126,7 @@ class RewardMix:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         max_completion_length: int | None = None,
         timeout: float = 600.0,
+        worker: bool = False,
     ):
         if not 0 < timeout < math.inf:
             raise ValueError(f"reward_timeout={timeout} must be a finite number of seconds above 0")
@@ -142,10 +151,11 @@ class RewardMix:
         if "soft_overlong" in self.functions and max_completion_length is not None:
             self.functions["soft_overlong"] = partial(soft_overlong, max_completion_length=max_completion_length)
         for name, given in (options or {}).items():
-            takes = inspect.signature(self.functions[name]).parameters.keys() - {*_ARGUMENTS, "columns"}
+            takes = inspect.signature(self.functions[name]).parameters.keys() - {*ARGUMENTS, "columns"}
             if unknown := sorted(given.keys() - takes):
                 raise ValueError(f"reward_options.{name}: {unknown} is nothing that the reward takes: {sorted(takes)}")
             self.functions[name] = partial(self.functions[name], **given)
+        self.worker = Worker(self.functions) if worker else None
 
     def __call__(
         self,
@@ -154,14 +164,16 @@ class RewardMix:
         rows: Sequence[Mapping[str, Any]],
         sources: Sequence[str] | None = None,
         weights: Mapping[str, Mapping[str, float]] | None = None,
+        max_failures: float = 0.0,
     ) -> MixedRewards:
         """Rewards of S samples. prompts, completions (decoded, without special tokens) and rows (columns): S each.
 
         sources: "file.jsonl:17" of each row, for messages. weights: {label: {reward: weight}} that replace the recipes'
-        own in this call, as schedules and constraints do.
+        own in this call, as schedules and constraints do. max_failures: on what share of its samples a reward may fail
+        (raise, give no finite number, or nothing in time): they have no reward then.
 
-        Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails, returns
-        another length, a value that is not finite, or nothing in time, and a row to which no reward applies.
+        Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails on more, or
+        returns another length, and a row to which no reward applies.
         """
         if not len(prompts) == len(completions) == len(rows):
             raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(rows)} rows: want equal")
@@ -170,21 +182,36 @@ class RewardMix:
         total = torch.zeros(len(rows), dtype=torch.float64)
         matrix = torch.full((len(rows), len(self.functions)), float("nan"), dtype=torch.float64)
         weights = torch.tensor([[r.get(name, 0.0) for name in self.functions] for r in recipes]).view(matrix.shape)
+        failed, notes, left_out = [], [], set()
         for column, (name, function) in enumerate(self.functions.items()):
             chosen = [index for index, recipe in enumerate(recipes) if name in recipe]
             if not chosen:
                 continue
             samples = [(names[index], prompts[index], completions[index], rows[index]) for index in chosen]
-            values = _call(name, function, samples, self.timeout)
+            values, said = call(name, partial(self._run, name, function), samples, self.timeout, max_failures)
+            notes += [said] if said else []
             for index, given in zip(chosen, values, strict=True):
-                if given is not None:
+                if isinstance(given, Fault):
+                    failed.append(name)
+                    left_out.add(index)
+                elif given is not None:
                     matrix[index, column] = given
                     total[index] += recipes[index][name] * given
         own = [column for column, name in enumerate(self.functions) if not (name == "format" and self.format_weight)]
         for index in torch.nonzero(matrix[:, own].isnan().all(1)).flatten().tolist():
-            if recipes[index].keys() != {"format"}:  # all abstain: the sample would be trained on its format alone
+            if (
+                recipes[index].keys() != {"format"} and index not in left_out
+            ):  # all abstain: the sample would be trained on its format alone
                 raise RewardError(f"no reward of {recipes[index]} applies to {names[index]}")
-        return MixedRewards(total.float(), matrix.float(), weights.float(), tuple(self.functions))
+        total[[*left_out]] = matrix[[*left_out]] = math.nan
+        said = tuple(self.functions), tuple(failed), tuple(notes)
+        return MixedRewards(total.float(), matrix.float(), weights.float(), *said)
+
+    def _run(self, name: str, function: RewardFunction, samples: Sequence[Sample], seconds: float) -> Values:
+        if self.worker is not None:
+            return self.worker(name, samples, seconds)
+        with time_limit(seconds):
+            return compute(function, samples)
 
     def recipe(
         self,
@@ -227,81 +254,3 @@ def resolve(reward: RewardFunction | str) -> RewardFunction:
 def _check_weight(what: str, weight: Any) -> None:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"{what} must be a finite number of at least 0, not {weight!r}")
-
-
-_ARGUMENTS = ("prompts", "completions")
-_Sample = tuple[str, Any, str, Mapping[str, Any]]  # what a message calls the row, prompt, completion, columns
-
-
-def _run(function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> Sequence[float | None]:
-    _, prompts, completions, rows = zip(*samples, strict=True)
-    with _limit(timeout):
-        result = function(list(prompts), list(completions), **columns_of(rows))
-        return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
-
-
-class _Timeout(BaseException):
-    """Not an Exception: a reward that catches those to go on must not catch this one."""
-
-
-@contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    def stop(*_) -> None:
-        raise _Timeout
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-async def _wait(result: Awaitable) -> Any:
-    return await result
-
-
-def _call(name: str, function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> list[float | None]:
-    """One reward over its samples, its faults told by reward and row."""
-    if collision := set(_ARGUMENTS) & {name for *_, row in samples for name in row}:
-        raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
-    try:
-        values = _run(function, samples, timeout)
-    except _Timeout:
-        rows = samples[0][0] if len(samples) == 1 else f"{len(samples)} rows from {samples[0][0]} to {samples[-1][0]}"
-        message = f"reward {name!r} gave nothing within reward_timeout={timeout:g} s on {rows}; does it wait or loop?"
-        raise RewardError(message) from None
-    except Exception as error:
-        what = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        raise RewardError(f"reward {name!r} failed on {_first_failing(function, samples, timeout)}: {what}") from error
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
-        raise RewardError(f"reward {name!r} returned a {type(values).__name__}, not a list of {len(samples)} values")
-    if len(values) != len(samples):
-        raise RewardError(f"reward {name!r} returned {len(values)} values for {len(samples)} samples")
-    return [_number(name, value, where) for value, (where, *_) in zip(values, samples, strict=True)]
-
-
-def _number(name: str, value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RewardError(f"reward {name!r} gave {value!r} for {where}: want a finite number, or None to abstain")
-    return number
-
-
-def _first_failing(function: RewardFunction, samples: Sequence[_Sample], timeout: float) -> str:
-    """Which row a reward fails on, found by asking for one sample at a time."""
-    for sample in samples:
-        try:
-            _run(function, [sample], timeout)
-        except (Exception, _Timeout):
-            return sample[0]
-    return f"a batch of {len(samples)} rows each of which passes alone"

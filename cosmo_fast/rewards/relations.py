@@ -22,11 +22,13 @@ def relations(mixed: MixedRewards, each: int) -> dict[str, float]:
     """
     applies, names, logged = ~mixed.matrix.isnan(), mixed.names, {}
     total = mixed.total.view(-1, each)
+    whole = ~total.isnan().any(1)
+    total = total[whole]
     if (total.amax(1) > total.amin(1)).any():
-        parts = (mixed.matrix.nan_to_num() * mixed.weights).double().view(-1, each, len(names))
+        parts = (mixed.matrix.nan_to_num() * mixed.weights).double().view(-1, each, len(names))[whole]
         parts = parts - parts.mean(1, keepdim=True)
-        whole = parts.sum(2, keepdim=True)
-        shares = ((parts * whole).sum((0, 1)) / whole.square().sum()).tolist()
+        joint = parts.sum(2, keepdim=True)
+        shares = ((parts * joint).sum((0, 1)) / joint.square().sum()).tolist()
         logged = {f"rewards/{name}/share": shares[i] for i, name in enumerate(names) if applies[:, i].any()}
     for pair in combinations(range(len(names)), 2) if len(names) <= FEW else ():
         values = mixed.matrix[applies[:, pair].all(1)][:, pair].double().numpy()

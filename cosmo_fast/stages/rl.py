@@ -168,6 +168,8 @@ class RLStage:
         shares = ranks.gather((completions, texts, verdicts, mixed))
         completions, texts, verdicts = ([x for share in shares for x in share[i]] for i in range(3))
         mixed, owner = MixedRewards.joined([m for *_, m in shares]), [p for p in prompts for _ in range(each)]
+        for said in mixed.notes if ranks.first else ():
+            context.note(f"{context.stage.name}, step {step}: {said}")
         return Rollout(owner, completions, texts, verdicts, mixed, sampled - started, time.perf_counter() - sampled)
 
     def _refilled(
@@ -224,7 +226,8 @@ class RLStage:
             for row, given in zip(added, self.verifiers(owner, texts, recipes, seed), strict=True):
                 row |= given
         rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
-        mixed = self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights)
+        sources, bound = [p.source for p in owner], stage.max_reward_failures
+        mixed = self.reward_mix([p.text for p in owner], texts, rows, sources, weights, bound)
         return [row.get("verifier_verdicts", {}) for row in added], mixed
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:

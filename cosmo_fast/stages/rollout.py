@@ -44,13 +44,18 @@ class Rollout:
         return Rollout(*lists, self.mixed[torch.tensor(index)], self.sample_s, self.reward_s)
 
     def varied(self, each: int, reward: str | None = None) -> list[int]:
-        """The groups whose rewards are not all equal: those named ``reward``, where it applies, else the sums."""
+        """The groups whose rewards are not all equal: those named ``reward``, where it applies, else the sums.
+
+        A response on which a reward failed has none.
+        """
         rewards = self.mixed.total
         if reward is not None:
             column = self.mixed.matrix[:, self.mixed.names.index(reward)]
             rewards = torch.where(column.isnan(), rewards, column)
         rewards = rewards.view(-1, each)
-        return torch.nonzero(rewards.amax(1) > rewards.amin(1)).flatten().tolist()
+        failed = rewards.isnan()
+        most, least = rewards.masked_fill(failed, -torch.inf).amax(1), rewards.masked_fill(failed, torch.inf).amin(1)
+        return torch.nonzero(most > least).flatten().tolist()
 
     def shown(self, gains: list[float], count: int) -> list[dict[str, Any]]:
         """``count`` samples, evenly spread, with their advantages, as ``report.write_samples`` takes them."""
@@ -61,7 +66,7 @@ class Rollout:
                 "prompt": self.owner[i].text,
                 "images": [m.key for m in self.owner[i].media],
                 "response": self.texts[i],
-                "reward": float(self.mixed.total[i]),
+                "reward": finite(self.mixed.total[i]),
                 "rewards": dict(zip(self.mixed.names, finite(self.mixed.matrix[i].tolist()), strict=True)),
                 "advantage": gains[i],
                 **({"vision_prune": kept.written()} if (kept := self.completions[i].kept) else {}),
