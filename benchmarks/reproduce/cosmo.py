@@ -51,19 +51,19 @@ Hypotheses, written before the run, of means over the seeds (each can fail):
 12. Order and mix do not protect from a verifier's errors: `mixed-verifier` and `safety-verifier` have safe rates below
     `mixed` and `safety` by >= 0.05, too.
 
-What came out, written after seeds 0, 1, 2 and 4 of the headline and three seeds of all else (means; differences are of
-the seeds that both have). Seed 3 of the headline has not run:
+What came out, written after five seeds of the headline and three of all else (means; differences are of the seeds that
+both have):
 
-1. figure_step: safe rate lower by 0.34, read at 0.91; on one seed read at 0.87 it does not count. role_play does not.
+1. figure_step: safe rate lower by 0.33, read at 0.92; on one seed read at 0.87 it does not count. role_play does not.
    (Typographic and split count: the pilot's cold start had read less.)
-2. First half holds (+0.15), second half wrong: the safe rate stays (+0.00). Capability alone does not drift here; it
+2. First half holds (+0.15), second half wrong: the safe rate stays (+0.01). Capability alone does not drift here; it
    already is as unsafe as the cold start was made.
-3. First half holds: 0.86 on every seed. Accuracy falls by 0.02 in the mean only.
-4. Holds in the means but for over-refusal, by a hair: accuracy +0.13, safe rate +0.52, over-refusal +0.02, figure_step
-   from 0.90 to 0.35. Not on every seed: accuracy +0.08 on one, over-refusal +0.09 and +0.06 on others. Under attacks it
-   has a price: benign rows refused there rise from 0.01 to 0.12, and figure_step's are answered as asked in 0.80, not
-   0.91.
-5. Wrong: `mixed` is above `two_stage` by 0.01 in accuracy and 0.02 in the safe rate.
+3. First half holds: 0.86 on every seed. Accuracy falls by 0.03 in the mean only.
+4. Holds in the means: accuracy +0.13, safe rate +0.54, over-refusal +0.01, figure_step from 0.90 to 0.38. Not on every
+   seed: accuracy +0.08 on one, over-refusal +0.09 and +0.06 on others; figure_step is halved on three of five. Under
+   attacks it has a price: benign rows refused there rise from 0.01 to 0.11, and figure_step's are answered as asked in
+   0.82, not 0.92.
+5. Wrong: `mixed` is no worse (accuracy +0.00, safe rate +0.01, over-refusal +0.01).
 6. Half of it. On concepts RL is no safer (0.34; 0.34 after both SFT arms) and refuses more benign requests (0.28;
    0.18). Under figure_step it gives in less often than `rft`, 0.36 against 0.58, and refuses more benign rows under
    attacks (0.11; 0.03). On plain scenes `clean_sft` is better than RL in everything, as one expects of right answers to
@@ -75,8 +75,8 @@ the seeds that both have). Seed 3 of the headline has not run:
    verdict often earns the same, so that a response's reward is off by 0.08 and 0.15. The trained verifier (right on
    0.89 of held-out verdicts on safety, 0.96 on help, by class below) is exploited: at the end it gives 0.89 where the
    rule gives 0.43, and the safe rate is 0.54, 0.41 below `two_stage`.
-9. -0.03 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
-   from 0.86 to 0.77. With instructions in the mix that stays (0.85), and following still falls (-0.02; in the first
+9. -0.04 after `two_stage`, less than expected (`rft`: -0.07); but accuracy where instructions are given falls, too,
+   from 0.87 to 0.78. With instructions in the mix that stays (0.85), and following still falls (-0.02; in the first
    run, which rewarded it in questions only, -0.07).
 10. Holds in the means but for Qwen3-VL's over-refusal, by a hair: accuracy +0.14 and +0.12 (Qwen3-VL, InternVL), safe
     rate +0.53 and +0.51, over-refusal +0.05 and +0.03. On single seeds accuracy +0.07 (InternVL), over-refusal up to
@@ -86,7 +86,7 @@ the seeds that both have). Seed 3 of the headline has not run:
 12. Holds: `mixed-verifier` -0.35, `safety-verifier` -0.78.
 
 The 64 compositions were measured afterwards, without a hypothesis: at least one gets through for all 20 requests on
-`cold`, and for 0.69 of them after `two_stage` (`mixed` 0.83, `rft` 0.92); of all tries 0.94 becomes 0.35 (0.30, 0.60).
+`cold`, and for 0.74 of them after `two_stage` (`mixed` 0.81, `rft` 0.92); of all tries 0.95 becomes 0.41 (0.32, 0.60).
 
 The paper's (arXiv 2510.04196): stages and their order, four terms a reward, the claims above. Ours: every number, the
 mix, attacks, controls, thresholds. Published figures: IF-Eval 86.3 before, 74.9 after; the other result tables are not
@@ -324,6 +324,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), width_ratios=(3, 2), layout="constrained")
     axes = [summary.over_seeds(rows, "scenes", n) for n in ("accuracy", "safe_rate", "over_refusal_rate")]
+    crowd = left.inset_axes((0.47, 0.06, 0.5, 0.32))  # where most points lie
     keys = [key for key in axes[0] if key[1] != "general" or key[0] == "general"]
     for number, key in enumerate((key for key in keys if all(found.get(key) for found in axes)), 1):
         x, y, colour = ([*found[key].values()] for found in axes)
@@ -331,8 +332,13 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         left.plot([min(x), max(x)], [mean(y)] * 2, color="0.7", zorder=1)
         shown = {"vmin": 0, "vmax": 1, "cmap": "viridis_r", "zorder": 2, "label": f"{number} {key[0]}"}
         drawn = left.scatter([mean(x)], [mean(y)], c=[mean(colour)], **shown)
-        left.annotate(str(number), (mean(x), mean(y)), (3, 3), textcoords="offset points", fontsize=8)
+        left.annotate(str(number), (mean(x), mean(y)), (3, 3), textcoords="offset points", fontsize=8, clip_on=True)
+        crowd.scatter([mean(x)], [mean(y)], c=[mean(colour)], vmin=0, vmax=1, cmap="viridis_r")
+        crowd.annotate(str(number), (mean(x), mean(y)), (4, 2), textcoords="offset points", fontsize=8, clip_on=True)
     left.margins(0.12)
+    crowd.set(xlim=(0.86, 0.96), ylim=(0.92, 1), xticks=(0.86, 0.91, 0.96), yticks=(0.92, 0.96, 1))
+    crowd.tick_params(labelsize=7)
+    left.indicate_inset_zoom(crowd)
     left.legend(
         fontsize=7,
         loc="upper center",
