@@ -177,11 +177,10 @@ def table(rows: list[dict[str, str]]) -> str:
     shown |= {n.replace("_", " "): ("scenes", n) for n in ("textual_key", "consistency")}
     shown |= {"blank": ("blank", "accuracy"), "without notes": ("without_notes", "accuracy")}
     columns = [summary.over_seeds(rows, *where) for where in shown.values()]
-    order = {name: place for place, name in enumerate([*(arm.name for arm in ARMS), "prompt_only"])}
-    body = []
-    scenes = summary.cells(rows, "scenes", ["accuracy"], (BASELINE, "sft"))
-    for key in sorted(scenes, key=lambda key: order.get(key[0], len(order))):
-        body.append([f"`{key[0]}`", *scenes[key], *(summary.spread([*c.get(key, {}).values()]) for c in columns)])
+    body = [
+        [f"`{key[0]}`", *scenes, *(summary.spread([*column.get(key, {}).values()]) for column in columns)]
+        for key, scenes in summary.cells(rows, "scenes", ["accuracy"], (BASELINE, "sft")).items()
+    ]
     told = summary.differences(rows, PAIRS)
     told += "\n\n" if told else ""
     return f"{summary.markdown(['arm', 'scenes', 'Δ to `sft`', *shown], body)}\n\n{about}\n\n{told}{PAPER}"
@@ -191,10 +190,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Accuracy of each arm on five splits, and what its answers follow; mean and deviation over seeds."""
     from matplotlib.figure import Figure
 
-    names, figure = (
-        [a.name for a in ARMS if any(r["arm"] == a.name for r in rows)],
-        Figure((9, 6), layout="constrained"),
-    )
+    figure = Figure((9, 6), layout="constrained")
+    names = [*dict.fromkeys(row["arm"] for row in rows)]
     splits = {name.replace("_", " "): (name, "accuracy") for name in ("scenes", "noise", "blur", "occlusion")}
     splits["swapped objects"] = ("swapped_objects", "accuracy")
     followed = {"follows a replaced description": ("scenes", "own_followed")}
