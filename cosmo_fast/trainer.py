@@ -34,6 +34,7 @@ from cosmo_fast.models.adapter import add_adapter
 from cosmo_fast.models.vision import Vision
 from cosmo_fast.optimizer import AdamW
 from cosmo_fast.plan import GroupSize, micro_batches
+from cosmo_fast.rewards.worker import Worker
 from cosmo_fast.rollout import SamplingParams
 from cosmo_fast.search import Search
 from cosmo_fast.stages import STAGES
@@ -89,8 +90,11 @@ class Trainer:
         inputs += [verifier.model for verifier in config.verifiers.values()]
         run_folder.check(self.output_dir, config, self.resume, [] if self.resume else inputs)
         self.reward_funcs = reward_funcs or {}
-        self.reward_mixes = {s.name: reward_mix(config, s, self.reward_funcs) for s in config.stages if s.kind == "rl"}
+        self.reward_worker, learned = Worker(), [stage for stage in config.stages if stage.kind == "rl"]
+        self.reward_mixes = {s.name: reward_mix(config, s, self.reward_funcs, self.reward_worker) for s in learned}
         self._check_rewards_used()
+        if any(stage.reward_worker for stage in learned):
+            self.reward_worker.start()  # while this process is small
         resolve = world_resolver(config, self.ranks)
         self.rows = load_stages(config, train_dataset or {}, resolve)
         self.search = {n: Search.load(resolve(config.data_path(t.pop("corpus"))), **t) for n, t in tools.items()}
@@ -176,6 +180,7 @@ class Trainer:
         self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         self.sees: float | None = None
         with contextlib.ExitStack() as stack:
+            stack.callback(self.reward_worker.close)
             stream, metrics, resume_step = None, self.output_dir / "metrics.jsonl", None
             if not self.ranks.first:
                 stream, metrics = stack.enter_context(open(os.devnull, "w")), Path(os.devnull)

@@ -17,12 +17,15 @@ from cosmo_fast.objectives import advantages
 from cosmo_fast.rewards import RewardMix
 from cosmo_fast.rewards.columns import RewardError
 from cosmo_fast.rewards.relations import relations
+from cosmo_fast.rewards.worker import Worker
+from cosmo_fast.stages.rollout import Rollout
 
 BOTH = pytest.mark.parametrize("worker", [False, True], ids=["here", "worker"])
 
 
 def mix(function, worker=True, timeout=600.0):
-    return RewardMix({"*": {"mine": 1}}, format_weight=0, rewards={"mine": function}, timeout=timeout, worker=worker)
+    given = {"rewards": {"mine": function}, "timeout": timeout, "worker": Worker() if worker else None}
+    return RewardMix({"*": {"mine": 1}}, format_weight=0, **given)
 
 
 def rewarded(mix, kinds, max_failures=0.0):
@@ -63,8 +66,9 @@ def test_a_row_on_which_a_reward_fails_is_left_out_and_told(worker, kind, said):
     with pytest.raises(RewardError) as caught:
         rewarded(mix(picky, worker), ["good", "bad", kind, "good"])
     assert said in str(caught.value) and "max_reward_failures" not in str(caught.value)
-    with pytest.raises(RewardError, match="fails on 2 of 4 responses, over max_reward_failures=0.25"):
+    with pytest.raises(RewardError, match="at least 2 of 4 responses fail, over max_reward_failures=0.25"):
         rewarded(mix(picky, worker), ["good", kind, kind, "good"], 0.25)
+    assert rewarded(mix(picky, worker), ["good", kind], 0.01).failed == ("mine",), "one may fail, of however few"
 
 
 @pytest.mark.parametrize("kind, how", [("crashes", "signal SIGKILL"), ("exits", "exit status 3")])
@@ -78,10 +82,19 @@ def test_a_reward_that_ends_its_process_costs_its_row_alone(kind, how):
 
 @pytest.mark.parametrize("where", ["main", "thread"])
 def test_a_reward_that_hangs_costs_its_row_alone_in_any_thread(where):
+    """Others have the whole limit, as one that loads something anew in each process needs."""
+    ready = []
+
+    def loads(prompts, completions, **columns):
+        if not ready:
+            time.sleep(0.4)
+            ready.append(True)
+        return picky(prompts, completions, **columns)
+
     found = []
 
     def run():
-        found.append(rewarded(mix(picky, timeout=0.3), ["good", "hangs", "bad"], 0.5))
+        found.append(rewarded(mix(loads, timeout=0.8), ["good", "hangs", "bad"], 0.5))
 
     started = time.perf_counter()
     if where == "thread":
@@ -92,7 +105,24 @@ def test_a_reward_that_hangs_costs_its_row_alone_in_any_thread(where):
         run()
     assert time.perf_counter() - started < 10
     assert found[0].total[[0, 2]].tolist() == [1, 0] and found[0].total[1].isnan()
-    assert "gave nothing within 1 s on row 1 (id 'hangs1')" in found[0].notes[0]
+    assert "gave nothing within reward_timeout=0.8 s on row 1 (id 'hangs1')" in found[0].notes[0]
+
+
+def test_a_reward_that_hangs_or_fails_on_everything_is_not_asked_about_everything():
+    started = time.perf_counter()
+    with pytest.raises(RewardError, match="on row 2 .*3rd row alone on which it hangs"):
+        rewarded(mix(picky, timeout=0.3), ["hangs"] * 40, 1.0)
+    assert time.perf_counter() - started < 10
+    assert rewarded(mix(picky, timeout=0.3), ["hangs"], 1.0).total.isnan().all()
+    calls = []
+
+    def broken(prompts, completions, **columns):
+        calls.append(len(prompts))
+        raise OSError("nobody there")
+
+    with pytest.raises(RewardError, match="OSError: nobody there; at least 5 of 40 responses fail"):
+        rewarded(mix(broken, worker=False), ["good"] * 40, 0.1)
+    assert calls == [40, 1, 1, 1, 1, 1]
 
 
 def test_time_runs_out_inside_c_code_too():
@@ -106,17 +136,38 @@ def test_time_runs_out_inside_c_code_too():
 
 
 @BOTH
-def test_what_fails_as_a_batch_and_passes_alone_has_its_values_and_is_told(worker):
-    def together(prompts, completions, **columns):
-        if len(prompts) > 1:
+def test_what_is_not_at_fault_is_asked_for_again_together(worker):
+    """So a reward that compares the samples of a batch has the right values."""
+    before = []
+
+    def ranks(prompts, completions, kind, place, **columns):
+        before.append(True)
+        if "raises" in kind or len(before) == 1:
             raise OSError("try again")
+        return [float(sum(other < own for other in place)) for own in place]
+
+    def given(kinds, bound):
+        before.clear()
+        rows = [{"kind": kind, "place": i} for i, kind in enumerate(kinds)]
+        return mix(ranks, worker)([""] * len(rows), [""] * len(rows), rows, max_failures=bound)
+
+    mixed = given(["good"] * 3, 0.5)
+    assert mixed.total.tolist() == [0, 1, 2] and not mixed.failed
+    assert "failed on 3 rows from row 0 to row 2: OSError: try again; asked again it gave every" in mixed.notes[0]
+    mixed = given(["good", "raises", "good"], 0.5)
+    assert mixed.total[[0, 2]].tolist() == [0, 1] and mixed.failed == ("mine",)
+    with pytest.raises(RewardError, match="OSError: try again; each of them passes alone"):
+        given(["good"] * 3, 0)
+
+
+def test_a_batch_that_fails_where_its_rows_pass_alone_stops_whatever_the_bound():
+    def alone(prompts, completions, **columns):
+        if len(prompts) > 1:
+            raise OSError("one at a time")
         return [1.0]
 
-    mixed = rewarded(mix(together, worker), ["good", "good"], 0.5)
-    assert mixed.total.tolist() == [1, 1] and not mixed.failed
-    assert "failed on a batch: OSError: try again; each of its 2 rows passes alone" in mixed.notes[0]
-    with pytest.raises(RewardError, match="OSError: try again; each of its 2 rows passes alone"):
-        rewarded(mix(together, worker), ["good", "good"])
+    with pytest.raises(RewardError, match="failed on 3 rows .*one at a time; each of them passes alone"):
+        rewarded(mix(alone), ["good"] * 3, 1.0)
 
 
 @BOTH
@@ -130,6 +181,11 @@ def test_a_failed_sample_has_no_advantage_and_is_in_no_baseline():
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     assert advantages(mixed.total, groups, "dr_grpo").tolist() == pytest.approx([0.5, -0.5, 0, 2 / 3, -1 / 3, -1 / 3])
     assert relations(mixed, 3)["rewards/mine/share"] == pytest.approx(1)
+    kinds = ["good", "raises", "bad", "good", "raises", "good", "raises", "raises", "raises"]
+    mixed = rewarded(mix(picky), kinds, 1.0)
+    assert Rollout([], [], [], [], mixed, 0, 0).varied(3) == [0], "neither equal rewards nor none at all differ"
+    mixed = rewarded(mix(picky), ["raises"] * 3, 1.0)
+    assert mixed.metrics() == {"reward": None, "reward_std": None, "rewards/mine/failed": 3} and not relations(mixed, 3)
 
 
 def test_a_worker_has_its_own_state_and_ends_with_its_rewards():
@@ -148,6 +204,68 @@ def test_a_worker_has_its_own_state_and_ends_with_its_rewards():
     assert not process.is_alive(), "the process outlives its rewards"
 
 
+def test_an_answer_that_nobody_waited_for_is_not_the_next_one():
+    def slow(prompts, completions, kind, **columns):
+        time.sleep(1 if kind[0] == "slow" else 0)
+        return [float(one == "slow") for one in kind]
+
+    once = mix(slow)
+    rewarded(once, ["good"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            rewarded(once, ["slow"], 0.5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(1)
+    assert rewarded(once, ["good"]).total.tolist() == [0]
+    found = {}
+
+    def ask(kind):
+        found[kind] = [rewarded(once, [kind]).total.item() for _ in range(20 if kind == "good" else 2)]
+
+    threads = [threading.Thread(target=ask, args=[kind]) for kind in ("slow", "good")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"slow": [1.0] * 2, "good": [0.0] * 20}
+
+
+def test_what_a_reward_has_started_ends_with_it(tmp_path):
+    def starts(prompts, completions, kind, **columns):
+        child = subprocess.Popen(["sleep", "97"])
+        (tmp_path / kind[0]).write_text(str(child.pid))
+        if kind[0] == "hangs":
+            child.wait()
+        return [1.0] * len(kind)
+
+    once = mix(starts, timeout=1)
+    rewarded(once, ["good"])
+    with pytest.raises(RewardError, match="gave nothing"):
+        rewarded(once, ["hangs"])
+    for kind in ("good", "hangs"):
+        gone_soon(int((tmp_path / kind).read_text()))
+
+
+def test_one_worker_serves_several_mixes_and_starts_anew_for_a_further_one():
+    worker = Worker()
+    functions = [lambda prompts, completions, **columns: [1.0], lambda prompts, completions, **columns: [2.0]]
+    both = [RewardMix({"*": {"mine": 1}}, format_weight=0, rewards={"mine": f}, worker=worker) for f in functions]
+    assert [rewarded(one, ["good"]).total.item() for one in both] == [1, 2]
+    process = worker._process
+    third = RewardMix({"*": {"accuracy": 1}}, format_weight=0, worker=worker)
+    assert not process.is_alive()
+    assert third([""], ["<think>x</think>\\boxed{3}"], [{"answer": "3"}]).total.item() == 1
+    worker.close()
+    assert rewarded(both[1], ["good"]).total.item() == 2
+
+
 def test_what_needs_this_process_says_which_setting_keeps_it_here():
     with pytest.raises(RewardError, match="cannot go to another process .*set reward_worker: false"):
         mix(picky)([""], [""], [{"kind": "good", "own": lambda: 0}])
@@ -164,12 +282,13 @@ def test_a_worker_ends_with_its_process_even_in_a_loop(tmp_path):
 import os, sys, threading, time
 sys.path[:0] = {[*filter(None, sys.path)]!r}
 from cosmo_fast.rewards import RewardMix
+from cosmo_fast.rewards.worker import Worker
 def spins(prompts, completions, **columns):
     open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
     while columns:
         pass
     return [1.0]
-mix = RewardMix({{"*": {{"mine": 1}}}}, format_weight=0, rewards={{"mine": spins}}, worker=True)
+mix = RewardMix({{"*": {{"mine": 1}}}}, format_weight=0, rewards={{"mine": spins}}, worker=Worker())
 print(mix([""], [""], [{{}}]).total.tolist(), flush=True)
 if sys.argv[1] == "killed":
     threading.Timer(1, os._exit, [0]).start()
@@ -178,10 +297,14 @@ if sys.argv[1] == "killed":
     for how in ("ends", "killed"):
         done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, timeout=120)
         assert done.stdout == "[1.0]\n" and done.returncode == 0, done.stderr
-        pid, patience = int((tmp_path / "pid").read_text()), time.monotonic() + 20
-        while running(pid) and time.monotonic() < patience:
-            time.sleep(0.05)
-        assert not running(pid), how
+        gone_soon(int((tmp_path / "pid").read_text()))
+
+
+def gone_soon(pid):
+    patience = time.monotonic() + 20
+    while running(pid) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not running(pid)
 
 
 def running(pid):

@@ -114,8 +114,9 @@ class StageConfig(Strict):
     max_tied_rollouts: int | None = Field(default=20, gt=0)
     reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # reward -> argument -> value
     reward_timeout: float = Field(default=600.0, gt=0)  # seconds that one call of a reward may take
-    reward_worker: bool = True  # rewards are computed in a process of their own, which a hang or a crash cannot outlive
-    max_reward_failures: float = Field(default=0.1, ge=0, le=1)  # share of a rollout's responses that a reward may fail
+    reward_worker: bool = True  # rewards are computed in a process of their own, killed when one hangs
+    # share of the responses in a call on which a reward may fail
+    max_reward_failures: float = Field(default=0.1, ge=0, le=1)
 
     @model_validator(mode="after")
     def _fits(self):

@@ -17,7 +17,8 @@ from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.plan import GroupSize, Prompt, micro_batches
 from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
-from cosmo_fast.rewards.mix import RewardFunction
+from cosmo_fast.rewards.calls import RewardFunction
+from cosmo_fast.rewards.worker import Worker
 from cosmo_fast.verifiers.engine import rewarded, unjudged
 
 
@@ -29,8 +30,16 @@ def at(where: str, check: Callable, *arguments) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def reward_mix(config: Config, stage: StageConfig, reward_funcs: Mapping[str, RewardFunction | str]) -> RewardMix:
-    """The rewards of an `rl` stage, those of ``reward_funcs`` that it names among them. ConfigError for a bad name."""
+def reward_mix(
+    config: Config,
+    stage: StageConfig,
+    reward_funcs: Mapping[str, RewardFunction | str],
+    worker: Worker | None = None,
+) -> RewardMix:
+    """The rewards of an `rl` stage, those of ``reward_funcs`` that it names among them. ConfigError for a bad name.
+
+    worker: computes them, unless the stage has reward_worker: false.
+    """
     used = {name for recipe in (stage.reward_recipe or {}).values() for name in recipe}
     own = {name: f for name, f in reward_funcs.items() if name in used}
     recipe, format_weight = stage.first_weights
@@ -43,7 +52,7 @@ def reward_mix(config: Config, stage: StageConfig, reward_funcs: Mapping[str, Re
         options=stage.reward_options,
         max_completion_length=config.max_completion_length,
         timeout=stage.reward_timeout,
-        worker=stage.reward_worker,
+        worker=worker if stage.reward_worker else None,
     )
     named = {"dynamic_sample_reward": stage.dynamic_sample_reward} if stage.dynamic_sample_reward else {}
     named |= {"gate_reward": stage.gate_reward} if stage.multi_objective_aggregation == "gated" else {}

@@ -30,40 +30,70 @@ class BrokenReward(RewardError):
 
 Values = list[float | None | Fault]
 Run = Callable[[Sequence[Sample], float], Values]  # (samples, seconds)
+MAX_HUNG = 3  # ours: rows that may hang in a call, each for the whole limit, before the reward is taken to hang on all
 
 
 def call(name: str, run: Run, samples: Sequence[Sample], timeout: float, max_failures: float) -> tuple[Values, str]:
     """The values of one reward, a Fault for each sample on which it fails, and what to say of its faults, if any.
 
-    A call that raises or takes more than ``timeout`` seconds is repeated for each sample alone (after a slow one for
-    its share of the limit, 1 s at least), so that only the samples at fault have no value.
+    Where a call raises or takes more than ``timeout`` seconds, each sample is tried alone to find those at fault, and
+    all others are asked for again together, as a reward may compare the samples of a batch.
 
-    Raises RewardError, naming a row, for faults of more than the share ``max_failures`` of the samples (0: for the
-    first one, and nothing slow is asked again), and for what is no list of as many values.
+    Raises RewardError, naming a row: for faults of more than the share ``max_failures`` of the samples and of more than
+    one (0: for any), for a batch that fails where its rows pass alone, and for no list of as many values.
     """
     if collision := set(ARGUMENTS) & {column for *_, row in samples for column in row}:
         raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
-    strict, count, cause, failed = not max_failures, len(samples), None, ""
+    who, count, cause, failed = f"reward {name!r}", len(samples), None, ""
+    allowed = max(1, int(max_failures * count)) if max_failures else 0
     try:
         values = run(samples, timeout)
     except BrokenReward as error:
-        raise RewardError(f"reward {name!r} {error}") from None
-    except NoAnswer:
-        failed = f"gave nothing within reward_timeout={timeout:g} s"
-        if strict or count == 1:
-            where = samples[0][0] if count == 1 else f"{count} rows from {samples[0][0]} to {samples[-1][0]}"
-            raise RewardError(f"reward {name!r} {failed} on {where}; does it wait or loop?") from None
-        values = _alone(run, samples, max(1.0, timeout / count), strict)
-    except Exception as error:
-        cause, failed, values = error, f"failed on a batch: {described(error)}", _alone(run, samples, timeout, strict)
-        if strict and not _faults(values):
-            raise RewardError(f"reward {name!r} {failed}; each of its {count} rows passes alone") from error
-    if not (faults := _faults(values)):
-        return values, failed and f"reward {name!r} {failed}; each of its {count} rows passes alone"
-    if len(faults) <= max_failures * count:
-        return values, f"reward {name!r} {faults[0]}; left out, as {len(faults)} of {count} responses are"
-    share = f"; it fails on {len(faults)} of {count} responses, over max_reward_failures={max_failures:g}"
-    raise RewardError(f"reward {name!r} {faults[0]}{'' if strict else share}") from cause
+        raise RewardError(f"{who} {error}") from None
+    except (Exception, NoAnswer) as error:
+        where = samples[0][0] if count == 1 else f"{count} rows from {samples[0][0]} to {samples[-1][0]}"
+        cause, failed = error, _failure(error, where, timeout)
+        if isinstance(error, NoAnswer) and not allowed:
+            raise RewardError(f"{who} {failed}") from None
+        found = {0: Fault(failed)} if count == 1 else _failing(who, run, samples, timeout, allowed)
+        values = [found.get(i) for i in range(count)]
+        rest = [i for i in range(count) if i not in found]
+        if rest and len(found) <= allowed:
+            if not allowed:
+                raise RewardError(f"{who} {failed}; each of them passes alone") from error
+            for i, value in zip(rest, _again(who, run, [samples[i] for i in rest], timeout), strict=True):
+                values[i] = value
+    faults = [value for value in values if isinstance(value, Fault)]
+    if len(faults) > allowed:
+        share = f"; at least {len(faults)} of {count} responses fail, over max_reward_failures={max_failures:g}"
+        raise RewardError(f"{who} {faults[0]}{share if allowed else ''}") from cause
+    if faults:
+        return values, f"{who} {faults[0]}; left out, as {len(faults)} of {count} responses are"
+    return values, failed and f"{who} {failed}; asked again it gave every value"
+
+
+def _failing(who: str, run: Run, samples: Sequence[Sample], timeout: float, allowed: int) -> dict[int, Fault]:
+    """Which samples fail alone, by index; no further ones where they are more than ``allowed``."""
+    found: dict[int, Fault] = {}
+    hung = 0
+    for i, sample in enumerate(samples):
+        try:
+            run([sample], timeout)
+        except (Exception, NoAnswer) as error:
+            found[i], hung = Fault(_failure(error, sample[0], timeout)), hung + isinstance(error, NoAnswer)
+            if len(found) > allowed:
+                break
+            if hung == MAX_HUNG:
+                raise RewardError(f"{who} {found[i]} It is the {hung}rd row alone on which it hangs") from None
+    return found
+
+
+def _again(who: str, run: Run, samples: Sequence[Sample], timeout: float) -> Values:
+    try:
+        return run(samples, timeout)
+    except (Exception, NoAnswer) as error:
+        failed = _failure(error, f"{len(samples)} rows from {samples[0][0]} to {samples[-1][0]}", timeout)
+        raise RewardError(f"{who} {failed}; each of them passes alone") from error
 
 
 def compute(function: RewardFunction, samples: Sequence[Sample]) -> Values:
@@ -101,23 +131,10 @@ def described(error: BaseException) -> str:
     return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
 
 
-def _faults(values: Values) -> list[Fault]:
-    return [value for value in values if isinstance(value, Fault)]
-
-
-def _alone(run: Run, samples: Sequence[Sample], seconds: float, first: bool) -> Values:
-    """Each sample asked for alone; with ``first`` until one fails, the rest is None."""
-    values: Values = [None] * len(samples)
-    for i, sample in enumerate(samples):
-        try:
-            values[i] = run([sample], seconds)[0]
-        except NoAnswer:
-            values[i] = Fault(f"gave nothing within {seconds:g} s on {sample[0]}")
-        except Exception as error:
-            values[i] = Fault(f"failed on {sample[0]}: {described(error)}")
-        if first and isinstance(values[i], Fault):
-            break
-    return values
+def _failure(error: BaseException, where: str, timeout: float) -> str:
+    if isinstance(error, NoAnswer):
+        return f"gave nothing within reward_timeout={timeout:g} s on {where}; does it wait or loop?"
+    return f"failed on {where}: {described(error)}"
 
 
 async def _wait(result: Awaitable) -> Any:

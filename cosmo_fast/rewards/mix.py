@@ -88,13 +88,14 @@ class MixedRewards:
         matrix = torch.cat([total[:, None], self.matrix[:, chosen]], 1)
         return matrix, torch.cat([torch.ones_like(total)[:, None], self.weights[:, chosen]], 1)
 
-    def metrics(self) -> dict[str, float]:
-        """reward, reward_std, rewards/<name>/mean|std over the samples that the reward applies to, if any.
+    def metrics(self) -> dict[str, float | None]:
+        """reward, reward_std (None where all have failed), and of each reward, over the samples that it applies to:
 
-        rewards/<name>/failed: the samples on which it fails, if any.
+        rewards/<name>/mean|std where there are any, rewards/<name>/failed, their number, where it fails on some.
         """
         total = self.total[~self.total.isnan()]
-        result = {"reward": total.mean().item(), "reward_std": total.std(correction=0).item()}
+        known = {"reward": total.mean().item(), "reward_std": total.std(correction=0).item()} if len(total) else {}
+        result = {"reward": None, "reward_std": None} | known
         result |= {f"rewards/{name}/failed": float(count) for name, count in Counter(self.failed).items()}
         for name, column in zip(self.names, self.matrix.unbind(1), strict=True):
             values = column[~column.isnan()]
@@ -112,9 +113,9 @@ class RewardMix:
     rewards: further rewards, {name: callable or dotted path}, each f(prompts, completions, **columns) -> list of floats
     or None (does not apply), sync or async. A reward sees the samples whose recipe names it and no others.
     options: {reward: {argument: value}}, such as {"visual_key": {"tau_high": 0.9}}. timeout: seconds that one call of a
-    reward may take. worker: rewards are computed in a process of their own, which is killed when time is up. Without
-    one the limit is SIGALRM, which only the main thread has: elsewhere there is none, nor inside C code, nor after an
-    alarm that the reward sets itself (math-verify's limits do).
+    reward may take. worker: computes the rewards in its process, which is killed when time is up. Without one the limit
+    is SIGALRM, which only the main thread has: elsewhere there is none, nor inside C code, nor after an alarm that the
+    reward sets itself (math-verify's limits do).
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class RewardMix:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         max_completion_length: int | None = None,
         timeout: float = 600.0,
-        worker: bool = False,
+        worker: Worker | None = None,
     ):
         if not 0 < timeout < math.inf:
             raise ValueError(f"reward_timeout={timeout} must be a finite number of seconds above 0")
@@ -155,7 +156,8 @@ class RewardMix:
             if unknown := sorted(given.keys() - takes):
                 raise ValueError(f"reward_options.{name}: {unknown} is nothing that the reward takes: {sorted(takes)}")
             self.functions[name] = partial(self.functions[name], **given)
-        self.worker = Worker(self.functions) if worker else None
+        self.worker = worker
+        self._numbers = {name: worker.add(function) for name, function in self.functions.items()} if worker else {}
 
     def __call__(
         self,
@@ -199,9 +201,8 @@ class RewardMix:
                     total[index] += recipes[index][name] * given
         own = [column for column, name in enumerate(self.functions) if not (name == "format" and self.format_weight)]
         for index in torch.nonzero(matrix[:, own].isnan().all(1)).flatten().tolist():
-            if (
-                recipes[index].keys() != {"format"} and index not in left_out
-            ):  # all abstain: the sample would be trained on its format alone
+            # All abstain: the sample would be trained on its format alone.
+            if index not in left_out and recipes[index].keys() != {"format"}:
                 raise RewardError(f"no reward of {recipes[index]} applies to {names[index]}")
         total[[*left_out]] = matrix[[*left_out]] = math.nan
         said = tuple(self.functions), tuple(failed), tuple(notes)
@@ -209,7 +210,7 @@ class RewardMix:
 
     def _run(self, name: str, function: RewardFunction, samples: Sequence[Sample], seconds: float) -> Values:
         if self.worker is not None:
-            return self.worker(name, samples, seconds)
+            return self.worker(self._numbers[name], samples, seconds)
         with time_limit(seconds):
             return compute(function, samples)
 

@@ -1,16 +1,21 @@
 """A process that computes rewards and can be killed."""
 
 import ctypes
-import multiprocessing
-import pickle
+import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from typing import Any
 
 import torch
 
@@ -18,6 +23,7 @@ from cosmo_fast.rewards.calls import BrokenReward, NoAnswer, RewardFunction, Sam
 from cosmo_fast.rewards.columns import RewardError
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST = 1e6  # seconds that a poll takes
 
 
 class WorkerError(RewardError):
@@ -25,36 +31,40 @@ class WorkerError(RewardError):
 
 
 class Worker:
-    """Computes ``functions`` in a process of its own: one that hangs in C code or crashes costs its call alone.
+    """Computes rewards in a process of its own: one that hangs in C code or crashes costs its call alone.
 
-    The process is a fork at the first call, so any callable will do, and starts anew after a kill. What a reward keeps
-    is kept there; nothing in this process sees it. It has this one's environment, no core dumps, and ends with it.
+    The process is a fork, so any callable will do; it is made at :meth:`start`, or by the first call, and anew after a
+    kill. Start it before the model is loaded: pages that its parent overwrites later are kept for it. What a reward
+    keeps is kept there, and nothing in this process sees it. It and what it starts end with the Worker, at the latest
+    with the thread that forked it, without exit handlers.
     """
 
-    def __init__(self, functions: Mapping[str, RewardFunction]):
-        self.functions, self._process, self._end = functions, None, None
+    def __init__(self):
+        self._functions: list[RewardFunction] = []
+        self._process: BaseProcess | None = None
+        self._lock = threading.Lock()
 
-    def __call__(self, name: str, samples: Sequence[Sample], timeout: float) -> Values:
+    def add(self, function: RewardFunction) -> int:
+        """Its number in calls. A process that runs knows nothing of it, and ends."""
+        self.close()
+        self._functions.append(function)
+        return len(self._functions) - 1
+
+    def __call__(self, number: int, samples: Sequence[Sample], timeout: float) -> Values:
         """As `calls.compute`; NoAnswer after ``timeout`` seconds, WorkerError for what was raised there."""
-        if self._process is None or not self._process.is_alive():
-            self._start()
         try:
-            self._pipe.send((name, samples))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            question = ForkingPickler.dumps((number, samples))
+        except Exception as error:
             raise WorkerError(
                 f"its columns cannot go to another process ({error}): set reward_worker: false"
             ) from error
-        if not wait([self._pipe, self._process.sentinel], timeout):
-            self.close()
-            raise NoAnswer
-        try:
-            kind, *said = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            code = self._process.exitcode
-            self.close()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            raise WorkerError(f"the process that computes it ended with {how}") from None
+        with self._lock:
+            self.start()
+            try:
+                kind, *said = self._answer(question, timeout)
+            except BaseException:  # Ctrl-C, too: what came later would be taken for the next answer
+                self._end(patience=0)
+                raise
         if kind == "values":
             return said[0]
         if kind == "broken":
@@ -63,45 +73,72 @@ class Worker:
         error.add_note(said[1])
         raise error
 
-    def close(self) -> None:
-        """Ends the process; another call starts the next one."""
-        if self._end is not None:
-            self._end()
-        self._process = self._end = None
-
-    def _start(self) -> None:
-        self.close()
-        context = multiprocessing.get_context("fork")
+    def start(self) -> None:
+        """Makes the process, if there is none that runs."""
+        if self._process is not None:
+            if not wait([self._process.sentinel], 0):
+                return
+            self._end(patience=0)
+        context = get_context("fork")
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._pipe, self.functions), name="cosmo_fast rewards")
+        process = context.Process(target=_serve, args=(theirs, self._pipe, self._functions), name="cosmo_fast rewards")
         with warnings.catch_warnings():  # Python >= 3.12 warns of threads, which the child neither has nor waits for
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         theirs.close()
-        self._process, self._end = process, Finalize(self, _end, (process, self._pipe), exitpriority=10)
+        self._process = process
+        self._finalizer = Finalize(self, _end, (process, self._pipe, 1.0), exitpriority=10)
+
+    def close(self) -> None:
+        """Ends the process; another call starts the next one."""
+        with self._lock:
+            self._end(patience=1)
+
+    def _answer(self, question: Any, timeout: float) -> tuple:
+        self._pipe.send_bytes(question)
+        if not wait([self._pipe, self._process.sentinel], min(timeout, _LONGEST)):
+            raise NoAnswer
+        try:
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._process
+            self._end(patience=1)
+            code = process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            raise WorkerError(f"the process that computes it ended with {how}") from None
+
+    def _end(self, patience: float) -> None:
+        if self._process is not None:
+            self._finalizer.cancel()
+            _end(self._process, self._pipe, patience)
+            self._process = None
 
 
-def _end(process: multiprocessing.Process, pipe: Connection) -> None:
-    process.kill()
-    process.join()
+def _end(process: BaseProcess, pipe: Connection, patience: float) -> None:
+    """Lets it end by itself for ``patience`` seconds, then kills it and all that it has started."""
     pipe.close()
+    wait([process.sentinel], patience)
+    for kill in (os.killpg, os.kill):  # it has no group yet if it has only just begun
+        with suppress(ProcessLookupError):
+            kill(process.pid, signal.SIGKILL)
+    process.join()
 
 
-def _serve(pipe: Connection, parents: Connection, functions: Mapping[str, RewardFunction]) -> None:
-    parents.close()  # else the end of the parent would not be seen here
+def _serve(pipe: Connection, parents: Connection, functions: Sequence[RewardFunction]) -> None:
+    os.setpgid(0, 0)  # Ctrl-C is not for it, and what it starts can be killed with it
+    parents.close()  # else its end would not be seen here
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nor would it while a reward loops
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a progress bar's may be locked by a thread left behind
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)  # OpenMP's threads are not in a fork
     while True:
         try:
-            name, samples = pipe.recv()
+            number, samples = pipe.recv()
         except EOFError:
             return
         try:
-            answer = "values", compute(functions[name], samples)
+            answer = "values", compute(functions[number], samples)
         except BrokenReward as error:
             answer = "broken", str(error)
         except Exception as error:
