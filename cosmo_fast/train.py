@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 
 import yaml
 
@@ -88,6 +89,16 @@ def peak_bytes(trainer, stage) -> int:
     return peak
 
 
+def _rewards(trainer, stage) -> Counter:
+    """How many rows of an rl stage earn what, as text."""
+    mix, found = trainer.reward_mixes[stage.name], Counter()
+    for prompt in (prompt for items, _ in trainer.data[stage.name].values() for prompt in items):
+        label, recipe = prompt.columns.get("label"), mix.recipe(prompt.columns)
+        earned = ", ".join(f"{name} {weight:g}" for name, weight in recipe.items() if weight)
+        found[f"{'without a label' if label is None else f'labelled {label}'}: {earned}"] += 1
+    return found
+
+
 def describe(trainer) -> None:
     """Prints the resolved config, every stage's batch arithmetic and peak memory, and the first rendered prompt."""
     config = trainer.config
@@ -105,6 +116,8 @@ def describe(trainer) -> None:
             print(f"  rows an optimiser step      {updates}")
             print(f"  epochs                      {stage.max_steps * updates / sum(rows.values()):.2f}")
             continue
+        for told, count in _rewards(trainer, stage).items():
+            print(f"  rewards                     {count} rows {told}")
         print(f"  completions a rollout       {stage.completions_per_rollout * world}")
         print(f"  prompts a rollout           {stage.completions_per_rollout * world // stage.num_generations}")
         print(f"  generations a prompt        {stage.num_generations}")

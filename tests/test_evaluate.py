@@ -123,7 +123,7 @@ def test_bad_input_is_named():
         score([{}, {}], [""])
     with pytest.raises(ValueError, match="row 1: unknown policy 'deny'"):
         score([{}, policy("deny")], ["", ""])
-    with pytest.raises(RewardError, match="row 0 .id 'x'. has no column 'judge'"):
+    with pytest.raises(RewardError, match="row .id 'x'. has no column 'judge', whose verdict its 'policy'"):
         score([{"policy": "refuse", "id": "x"}], [said("safe")])
 
 

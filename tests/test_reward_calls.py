@@ -28,9 +28,9 @@ def mix(function, worker=True, timeout=600.0):
     return RewardMix({"*": {"mine": 1}}, format_weight=0, **given)
 
 
-def rewarded(mix, kinds, max_failures=0.0):
+def rewarded(mix, kinds, max_failures=0.0, least=1):
     rows = [{"kind": kind, "id": f"{kind}{i}"} for i, kind in enumerate(kinds)]
-    return mix([""] * len(rows), [""] * len(rows), rows, max_failures=max_failures)
+    return mix([""] * len(rows), [""] * len(rows), rows, max_failures=max_failures, least_failures=least)
 
 
 def picky(prompts, completions, kind, **columns):
@@ -44,7 +44,7 @@ def picky(prompts, completions, kind, **columns):
             os.kill(os.getpid(), signal.SIGKILL)
         if one == "exits":
             os._exit(3)
-    return [{"good": 1.0, "bad": 0.0, "nan": math.nan, "none": None, "text": "one"}[one] for one in kind]
+    return [{"good": 1.0, "bad": 0.0, "nan": math.nan, "none": None, "text": "1"}[one] for one in kind]
 
 
 @BOTH
@@ -53,7 +53,7 @@ def picky(prompts, completions, kind, **columns):
     [
         ("raises", "failed on row 2 (id 'raises2'): KeyError: 'no such thing'"),
         ("nan", "gave nan for row 2 (id 'nan2')"),
-        ("text", "gave 'one' for row 2 (id 'text2')"),
+        ("text", "gave '1' for row 2 (id 'text2')"),
     ],
 )
 def test_a_row_on_which_a_reward_fails_is_left_out_and_told(worker, kind, said):
@@ -69,6 +69,10 @@ def test_a_row_on_which_a_reward_fails_is_left_out_and_told(worker, kind, said):
     with pytest.raises(RewardError, match="at least 2 of 4 responses fail, over max_reward_failures=0.25"):
         rewarded(mix(picky, worker), ["good", kind, kind, "good"], 0.25)
     assert rewarded(mix(picky, worker), ["good", kind], 0.01).failed == ("mine",), "one may fail, of however few"
+    kinds = [kind] * 3 + ["good"] * 3
+    assert len(rewarded(mix(picky, worker), kinds, 0.01, 3).failed) == 3, "or the responses to one prompt"
+    with pytest.raises(RewardError, match="at least 3 of 6"):
+        rewarded(mix(picky, worker), kinds, 0.01, 2)
 
 
 @pytest.mark.parametrize("kind, how", [("crashes", "signal SIGKILL"), ("exits", "exit status 3")])
@@ -120,7 +124,9 @@ def test_a_reward_that_hangs_or_fails_on_everything_is_not_asked_about_everythin
         calls.append(len(prompts))
         raise OSError("nobody there")
 
-    with pytest.raises(RewardError, match="OSError: nobody there; at least 5 of 40 responses fail"):
+    with pytest.raises(
+        RewardError, match=r"OSError: nobody there \(test_reward_calls.py:\d+\); at least 5 of 40 responses fail"
+    ):
         rewarded(mix(broken, worker=False), ["good"] * 40, 0.1)
     assert calls == [40, 1, 1, 1, 1, 1]
 
@@ -153,10 +159,11 @@ def test_what_is_not_at_fault_is_asked_for_again_together(worker):
 
     mixed = given(["good"] * 3, 0.5)
     assert mixed.total.tolist() == [0, 1, 2] and not mixed.failed
-    assert "failed on 3 rows from row 0 to row 2: OSError: try again; asked again it gave every" in mixed.notes[0]
+    assert "failed on 3 rows from row 0 to row 2: OSError: try again (test_" in mixed.notes[0]
+    assert mixed.notes[0].endswith("; asked again it gave every value")
     mixed = given(["good", "raises", "good"], 0.5)
     assert mixed.total[[0, 2]].tolist() == [0, 1] and mixed.failed == ("mine",)
-    with pytest.raises(RewardError, match="OSError: try again; each of them passes alone"):
+    with pytest.raises(RewardError, match="OSError: try again .*; each of them passes alone"):
         given(["good"] * 3, 0)
 
 
@@ -166,7 +173,7 @@ def test_a_batch_that_fails_where_its_rows_pass_alone_stops_whatever_the_bound()
             raise OSError("one at a time")
         return [1.0]
 
-    with pytest.raises(RewardError, match="failed on 3 rows .*one at a time; each of them passes alone"):
+    with pytest.raises(RewardError, match="failed on 3 rows .*one at a time .*; each of them passes alone"):
         rewarded(mix(alone), ["good"] * 3, 1.0)
 
 
@@ -273,7 +280,7 @@ def test_what_needs_this_process_says_which_setting_keeps_it_here():
     def on_cuda(prompts, completions, **columns):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
 
-    with pytest.raises(RewardError, match="CUDA in forked subprocess.; set reward_worker: false"):
+    with pytest.raises(RewardError, match="CUDA in forked subprocess. .*; set reward_worker: false"):
         rewarded(mix(on_cuda), ["good"])
 
 

@@ -1,5 +1,6 @@
 """Rewards by rule: answers, formats, length, confidence, instructions, verdicts."""
 
+import json
 import time
 
 import pytest
@@ -233,7 +234,7 @@ def test_an_instruction_is_followed_or_not(text, instruction, kept):
     ],
 )
 def test_an_instruction_that_cannot_be_checked_names_the_row(instruction):
-    with pytest.raises(RewardError, match=r"rows.jsonl:4, row 0 \(id 'i1'\).*column 'instructions'"):
+    with pytest.raises(RewardError, match=r"rows.jsonl:4 \(id 'i1'\).*column 'instructions'"):
         mix = RewardMix({"*": {"instruction": 1}})
         mix([""], [""], [{"instructions": [instruction], "id": "i1"}], ["rows.jsonl:4"])
 
@@ -274,7 +275,7 @@ def test_the_table_rewards_a_true_and_helpful_answer_more_than_a_true_one(judge)
 
 @pytest.mark.parametrize("label", sorted(M3_RECIPES.keys() - {"general_rule", "knowledge_rule"}))
 def test_no_label_is_rewarded_without_its_verifier(label):
-    with pytest.raises(RewardError, match="rows.jsonl:1, row 0.*no column 'judge'"):
+    with pytest.raises(RewardError, match="rows.jsonl:1 .*no column 'judge'"):
         RewardMix()([""], [boxed(3)], [{"label": label, "answer": "3"}], ["rows.jsonl:1"])
 
 
@@ -297,8 +298,8 @@ def test_a_recipe_gates_its_rewards_and_says_what_is_wrong_with_a_gate(recipe, t
         ([gated, rewards], "gate_reward=None is no reward of stage 'rl'"),
         ([gated, rewards, "--stages.rl.gate_reward=safety"], "gate_reward='safety' is no reward"),
         ([rewards, gate[0]], "gate_reward='repetition' has no effect without multi_objective_aggregation: gated"),
-        (["--stages.rl.reward_recipe={'*': {soft_overlong: 1}}"], r"stage 'rl': .*jsonl:1, row 0.*'soft_punish_cache'"),
-        (["--stages.rl.reward_recipe={'*': {value: 1}}"], "stage 'rl': no reward of .*jsonl:1, row 0"),
+        (["--stages.rl.reward_recipe={'*': {soft_overlong: 1}}"], r"stage 'rl': .*jsonl:1 .*'soft_punish_cache'"),
+        (["--stages.rl.reward_recipe={'*': {value: 1}}"], "stage 'rl': no reward of .*jsonl:1 "),
         (["--stages.rl.reward_timeout=0"], "reward_timeout"),
     ):
         with pytest.raises(ValueError, match=word):
@@ -306,3 +307,26 @@ def test_a_recipe_gates_its_rewards_and_says_what_is_wrong_with_a_gate(recipe, t
     Trainer(load_config(str(recipe), [*SHORT, gated, rewards, *gate])).train()
     assert seen and all(args[0].shape[1] == 3 and (args[0][:, 0] <= 0).all() for args, _ in seen)  # repetition first
     assert {options["gate_threshold"] for _, options in seen} == {-0.1}
+
+
+def test_a_reward_of_ones_own_does_not_take_the_check_from_the_others(recipe, tmp_path):
+    """Nor is it called by the check."""
+    calls = []
+
+    def own(prompts, completions, **columns):
+        calls.append(len(prompts))
+        return [0.0] * len(completions)
+
+    def refused(word, recipes, **columns):
+        row = {"prompt": [{"role": "user", "content": "How many?"}], **columns}
+        (tmp_path / "blank.jsonl").write_text(json.dumps(row))
+        flags = [f"--stages.rl.train_dataset={tmp_path}/blank.jsonl", f"--stages.rl.reward_recipe={recipes}"]
+        with pytest.raises(ValueError, match=word):
+            Trainer(load_config(str(recipe), [*SHORT, *flags]), reward_funcs={"own": own})
+
+    blank = "blank.jsonl:1.* has no column 'answer'"
+    refused(blank, "{general_rule: {accuracy: 1, own: 1}}", label="general_rule")
+    refused(blank, "{general_rule: {accuracy: 1}, safety: {own: 1}}", label="general_rule")
+    asks = "blank.jsonl:1: row .* no column 'judge', whose verdict its 'policy' asks for"
+    refused(asks, "{safety: {own: 1}}", label="safety", policy="refuse")
+    assert not calls

@@ -312,9 +312,7 @@ async def waits(prompts, completions, **columns):
 def test_a_reward_that_hangs_stops_with_its_rows_after_the_timeout(reward):
     mix = RewardMix({"*": {"slow": 1}}, rewards={"slow": reward}, timeout=0.2)
     started = time.perf_counter()
-    with pytest.raises(
-        RewardError, match=r"'slow' gave nothing within reward_timeout=0.2 s on a.jsonl:3, row 0 \(id 's'"
-    ):
+    with pytest.raises(RewardError, match=r"'slow' gave nothing within reward_timeout=0.2 s on a.jsonl:3 \(id 's'"):
         mix([""], [GOOD], [{"id": "s"}], ["a.jsonl:3"])
     with pytest.raises(RewardError, match="on 2 rows from row 0 to row 1"):
         mix(["", ""], [GOOD, GOOD], [{}, {}])
@@ -342,7 +340,7 @@ def test_faults_name_the_file_and_line_of_their_row():
         own = {name: functions[name] for name in next(iter(recipes.values()))}
         with pytest.raises(RewardError, match=word) as caught:
             RewardMix(recipes, rewards=own)([""], [GOOD], [row], ["data.jsonl:17"])
-        assert "data.jsonl:17, row 0" in str(caught.value)
+        assert "data.jsonl:17" in str(caught.value)
 
 
 def test_options_reach_a_reward_and_one_that_it_does_not_take_is_refused():

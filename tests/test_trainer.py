@@ -227,6 +227,7 @@ def test_dry_run_prints_config_arithmetic_memory_and_prompt_and_writes_nothing(r
     assert (
         all(int(n) > 7 for n in re.findall(r"predicted peak memory +(\d+) MiB", out)) and out.count("peak memory") == 2
     )
+    assert re.search(r"rewards  +\d+ rows labelled general_rule: format 1, accuracy 1\n", out)
     assert "seed: 5" in out and "completions a rollout       24" in out and "prompts a rollout           6" in out
     assert "<|vision_start|><|image_pad|><|vision_end|>" in out
     assert not (tmp_path / "run").exists()
@@ -368,10 +369,13 @@ def test_evaluate_prints_paired_rates_and_generate_answers(recipe, small_world, 
 def test_python_api_takes_rows_rewards_and_a_model(recipe, small_world):
     from cosmo_fast.data import load_rows
 
-    def short(prompts, completions, **columns):
+    def short(prompts, completions, question, images, completion_ids, **columns):
+        if not all(question) or not all(os.path.isfile(image) for paths in images for image in paths) or not images[0]:
+            raise ValueError("a reward sees what the model saw")
         return [1.0 / (1 + len(c)) for c in completions]
 
-    config = load_config(str(recipe), ["--stages.rl.reward_recipe", "{'*': {short: 1}}", "--stages.rl.max_steps", "2"])
+    flags = ["--stages.rl.reward_recipe", "{'*': {short: 1}}", "--stages.rl.max_steps", "2"]
+    config = load_config(str(recipe), [*flags, "--stages.rl.max_reward_failures", "0"])
     rows = load_rows(small_world / "rl.jsonl", limit=8)
     trainer = Trainer(
         config, model=load_policy(small_world / "model"), reward_funcs={"short": short}, train_dataset={"rl": rows}

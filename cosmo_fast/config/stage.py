@@ -58,7 +58,7 @@ class StageConfig(Strict):
     greater_is_better: bool = True
     load_best_model_at_end: bool = False
     stop: StopRule | None = None
-    stop_loss: Annotated[list[StopLoss], BeforeValidator(lambda v: [v] if isinstance(v, dict) else v)] = []
+    stop_loss: Annotated[list[StopLoss], BeforeValidator(lambda v: [v] if isinstance(v, dict) else v or [])] = []
     # RL
     num_generations: int = Field(default=8, gt=1)
     steps_per_generation: int | None = Field(default=None, gt=0)  # micro-steps a rollout; default: one optimiser step

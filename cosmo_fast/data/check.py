@@ -16,7 +16,7 @@ from cosmo_fast.distributed import Ranks
 from cosmo_fast.evaluate.metrics import score
 from cosmo_fast.models import Policy, load_policy
 from cosmo_fast.plan import GroupSize, Prompt, micro_batches
-from cosmo_fast.rewards import REWARDS, STAGE_COLUMNS, RewardMix
+from cosmo_fast.rewards import STAGE_COLUMNS, RewardMix
 from cosmo_fast.rewards.calls import RewardFunction
 from cosmo_fast.rewards.worker import Worker
 from cosmo_fast.verifiers.engine import rewarded, unjudged
@@ -66,13 +66,15 @@ def check_rewards(
     where: str, mix: RewardMix, prompts: Sequence[Prompt | Row], verifiers: Mapping[str, VerifierConfig] | None = None
 ) -> None:
     """ValueError for a row without a recipe, or one that its reward or its judge cannot deal with."""
-    columns = [unjudged(verifiers or {}, p.columns) | STAGE_COLUMNS for p in prompts]
+    columns = [STAGE_COLUMNS | unjudged(verifiers or {}, p.columns) for p in prompts]
     for prompt in prompts:
         at(prompt.source, mix.recipe, prompt.columns)
-    if mix.functions.keys() <= REWARDS.keys():  # a user's own may be slow, or count its calls
-        texts, said = [getattr(p, "text", "") for p in prompts], [""] * len(prompts)
-        at(where, mix, texts, said, columns, [p.source for p in prompts])
-    score(columns, [""] * len(prompts))
+    texts, said = [getattr(p, "text", "") for p in prompts], [""] * len(prompts)
+    # A user's own rewards may be slow, or count their calls.
+    at(where, mix.built_in(), texts, said, columns, [p.source for p in prompts])
+    for prompt, row in zip(prompts, columns, strict=True):
+        if row.get("policy") is not None or row.get("label") in ("value", "knowledge"):
+            at(prompt.source, score, [row], [""])
 
 
 def check_file(

@@ -65,6 +65,7 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
     obeyed: list[bool] = []
     misled: list[bool] = []
     for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        place = index if len(rows) > 1 else None
         if row.get("answer") is not None:
             right[index] = correct(stated(whole[index]), row)
             if (sure := stated_confidence(whole[index])) is not None:
@@ -72,11 +73,11 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
         if row.get("policy") is not None:
             if row["policy"] not in POLICIES:
                 raise ValueError(f"row {index}: unknown policy {row['policy']!r}, want one of {', '.join(POLICIES)}")
-            verdicts[index] = judged(answer, row, index)
+            verdicts[index] = judged(answer, row, place)
         if row.get("label") == "value" and has_verdict(row, "value"):
-            advised.append(judged(answer, row, index) == "good")
+            advised.append(judged(answer, row, place) == "good")
         if row.get("label") == "knowledge" and has_verdict(row, "knowledge"):
-            known.append(judged(answer, row, index) == "TRUE")
+            known.append(judged(answer, row, place) == "TRUE")
         if row.get("label") == "knowledge_rule" and index in right:
             known.append(right[index])
         if row.get("instructions"):

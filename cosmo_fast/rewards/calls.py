@@ -5,8 +5,10 @@ import inspect
 import math
 import signal
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cosmo_fast.rewards.columns import RewardError, columns_of
@@ -30,22 +32,26 @@ class BrokenReward(RewardError):
 
 Values = list[float | None | Fault]
 Run = Callable[[Sequence[Sample], float], Values]  # (samples, seconds)
+_MACHINERY = {Path(__file__).with_name(f"{name}.py") for name in ("calls", "worker", "mix")}
+_MACHINERY |= {Path(asyncio.__file__).with_name(f"{name}.py") for name in ("runners", "base_events")}
 MAX_HUNG = 3  # ours: rows that may hang in a call, each for the whole limit, before the reward is taken to hang on all
 
 
-def call(name: str, run: Run, samples: Sequence[Sample], timeout: float, max_failures: float) -> tuple[Values, str]:
+def call(
+    name: str, run: Run, samples: Sequence[Sample], timeout: float, max_failures: float, least: int
+) -> tuple[Values, str]:
     """The values of one reward, a Fault for each sample on which it fails, and what to say of its faults, if any.
 
     Where a call raises or takes more than ``timeout`` seconds, each sample is tried alone to find those at fault, and
     all others are asked for again together, as a reward may compare the samples of a batch.
 
     Raises RewardError, naming a row: for faults of more than the share ``max_failures`` of the samples and of more than
-    one (0: for any), for a batch that fails where its rows pass alone, and for no list of as many values.
+    ``least`` of them (share 0: for any), for a batch that fails where its rows pass alone, for no list of that length.
     """
     if collision := set(ARGUMENTS) & {column for *_, row in samples for column in row}:
         raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
     who, count, cause, failed = f"reward {name!r}", len(samples), None, ""
-    allowed = max(1, int(max_failures * count)) if max_failures else 0
+    allowed = max(least, int(max_failures * count)) if max_failures else 0
     try:
         values = run(samples, timeout)
     except BrokenReward as error:
@@ -128,7 +134,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+    """Its type, what it says, and the lines that led to it outside of this machinery, three at most."""
+    if isinstance(error, RewardError):
+        return str(error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) not in _MACHINERY]
+    lines = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
+    return f"{type(error).__name__}: {error}{lines and f' ({lines})'}"
 
 
 def _failure(error: BaseException, where: str, timeout: float) -> str:
@@ -145,7 +156,7 @@ def _number(value: Any, where: str) -> float | None | Fault:
     if value is None:
         return None
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isfinite(number):

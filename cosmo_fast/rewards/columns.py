@@ -20,7 +20,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def row_name(row: Mapping[str, Any], index: int | None = None, source: str | None = None) -> str:
-    """What a message calls a row: "data.jsonl:17, row 3 (id 'scene-17', label 'safety')"; index: in the batch."""
+    """What a message calls a row: "data.jsonl:17 (id 'scene-17', label 'safety')", or "row 3 (...)" of a batch."""
     known = ", ".join(f"{key} {row[key]!r}" for key in ("id", "label") if row.get(key) is not None)
-    place = (f"{source}, " if source else "") + ("row" if index is None else f"row {index}")
+    place = source or ("row" if index is None else f"row {index}")
     return place + (f" ({known})" if known else "")

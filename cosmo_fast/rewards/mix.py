@@ -1,5 +1,6 @@
 """Which rewards a sample gets: its label names a recipe, a recipe is {reward: weight}."""
 
+import copy
 import importlib
 import inspect
 import math
@@ -42,8 +43,9 @@ M3_RECIPES: dict[str, dict[str, float]] = {
     "general": {"general": 1.0},
     "general_rule": {"accuracy": 1.0},
 }
-# What an rl stage adds to the columns of a row: the sampled tokens, and the answer to `visual_focus_drop`.
-STAGE_COLUMNS: dict[str, Any] = {"completion_ids": (), "blank_logprob_drop": 0.0}
+# What an rl stage adds to the columns of a row: what the users say, unless the row has a column of that name, and the
+# paths of its pictures; the sampled tokens; and the answer to `visual_focus_drop`.
+STAGE_COLUMNS: dict[str, Any] = {"question": "", "images": (), "completion_ids": (), "blank_logprob_drop": 0.0}
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,14 @@ class RewardMix:
         sources: Sequence[str] | None = None,
         weights: Mapping[str, Mapping[str, float]] | None = None,
         max_failures: float = 0.0,
+        least_failures: int = 1,
     ) -> MixedRewards:
         """Rewards of S samples. prompts, completions (decoded, without special tokens) and rows (columns): S each.
 
         sources: "file.jsonl:17" of each row, for messages. weights: {label: {reward: weight}} that replace the recipes'
         own in this call, as schedules and constraints do. max_failures: on what share of its samples a reward may fail
-        (raise, give no finite number, or nothing in time): they have no reward then.
+        (raise, give no finite number, or nothing in time), above 0 on ``least_failures`` of however few: they have no
+        reward then.
 
         Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails on more, or
         returns another length, and a row to which no reward applies.
@@ -190,7 +194,8 @@ class RewardMix:
             if not chosen:
                 continue
             samples = [(names[index], prompts[index], completions[index], rows[index]) for index in chosen]
-            values, said = call(name, partial(self._run, name, function), samples, self.timeout, max_failures)
+            bounds = self.timeout, max_failures, least_failures
+            values, said = call(name, partial(self._run, name, function), samples, *bounds)
             notes += [said] if said else []
             for index, given in zip(chosen, values, strict=True):
                 if isinstance(given, Fault):
@@ -207,6 +212,13 @@ class RewardMix:
         total[[*left_out]] = matrix[[*left_out]] = math.nan
         said = tuple(self.functions), tuple(failed), tuple(notes)
         return MixedRewards(total.float(), matrix.float(), weights.float(), *said)
+
+    def built_in(self) -> "RewardMix":
+        """The same with 0 in place of what is in no table of ours, computed in this process."""
+        other = copy.copy(self)
+        other.functions = {name: f if name in REWARDS else _zero for name, f in self.functions.items()}
+        other.worker = None
+        return other
 
     def _run(self, name: str, function: RewardFunction, samples: Sequence[Sample], seconds: float) -> Values:
         if self.worker is not None:
@@ -250,6 +262,10 @@ def resolve(reward: RewardFunction | str) -> RewardFunction:
     if not callable(function):
         raise ValueError(f"reward {reward!r}: module {module!r} has no function {name!r}")
     return function
+
+
+def _zero(prompts: Sequence, completions: Sequence[str], **columns) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def _check_weight(what: str, weight: Any) -> None:

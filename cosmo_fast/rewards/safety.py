@@ -110,6 +110,8 @@ def judged(answer: str, row: Mapping[str, Any], index: int | None = None, asked:
         return row["verifier_verdicts"][kind]
     if judge not in JUDGES:
         what = "has no column 'judge'" if judge is None else f"names the unknown judge {judge!r}"
+        if asked is None and row.get("policy") is not None:
+            what += ", whose verdict its 'policy' asks for, to be counted in the rates"
         other = f"give it a label out of {', '.join(KIND_OF)}"
         if kind is not None:
             other = f"a verifier can judge it: verifiers.{kind}.model in the recipe, --verifier {kind}=FOLDER elsewhere"

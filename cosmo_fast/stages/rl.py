@@ -225,9 +225,10 @@ class RLStage:
             recipes = [self.reward_mix.recipe(p.columns, p.source) for p in owner]
             for row, given in zip(added, self.verifiers(owner, texts, recipes, seed), strict=True):
                 row |= given
-        rows = [p.columns | row for p, row in zip(owner, added, strict=True)]
-        sources, bound = [p.source for p in owner], stage.max_reward_failures
-        mixed = self.reward_mix([p.text for p in owner], texts, rows, sources, weights, bound)
+        shown = [{"question": p.question, **p.columns, "images": [m.key for m in p.media]} for p in owner]
+        rows = [columns | row for columns, row in zip(shown, added, strict=True)]
+        bounds = stage.max_reward_failures, stage.num_generations
+        mixed = self.reward_mix([p.text for p in owner], texts, rows, [p.source for p in owner], weights, *bounds)
         return [row.get("verifier_verdicts", {}) for row in added], mixed
 
     def _advantages(self, mixed: MixedRewards, groups: torch.Tensor, completions: list[Completion]) -> torch.Tensor:
