@@ -91,10 +91,15 @@ def peak_bytes(trainer, stage) -> int:
 
 def _rewards(trainer, stage) -> Counter:
     """How many rows of an rl stage earn what, as text."""
-    mix, found = trainer.reward_mixes[stage.name], Counter()
+    from cosmo_fast.config.rules import Schedule
+
+    mix, given, found = trainer.reward_mixes[stage.name], stage.reward_recipe or {}, Counter()
     for prompt in (prompt for items, _ in trainer.data[stage.name].values() for prompt in items):
-        label, recipe = prompt.columns.get("label"), mix.recipe(prompt.columns)
-        earned = ", ".join(f"{name} {weight:g}" for name, weight in recipe.items() if weight)
+        label = prompt.columns.get("label")
+        recipe = mix.recipe(prompt.columns) | given.get(label, given.get("*", {}))
+        recipe |= {"format": stage.format_weight} if mix.format_weight else {}
+        weights = {n: f"{w.start:g} to {w.to:g}" if isinstance(w, Schedule) else f"{w:g}" for n, w in recipe.items()}
+        earned = ", ".join(f"{name} {weight}" for name, weight in weights.items() if weight != "0")
         found[f"{'without a label' if label is None else f'labelled {label}'}: {earned}"] += 1
     return found
 

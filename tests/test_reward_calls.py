@@ -3,8 +3,11 @@
 import asyncio
 import ctypes
 import math
+import multiprocessing
 import os
+import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -114,7 +117,7 @@ def test_a_reward_that_hangs_costs_its_row_alone_in_any_thread(where):
 
 def test_a_reward_that_hangs_or_fails_on_everything_is_not_asked_about_everything():
     started = time.perf_counter()
-    with pytest.raises(RewardError, match="on row 2 .*3rd row alone on which it hangs"):
+    with pytest.raises(RewardError, match="on row 2 .*3rd response alone on which it hangs"):
         rewarded(mix(picky, timeout=0.3), ["hangs"] * 40, 1.0)
     assert time.perf_counter() - started < 10
     assert rewarded(mix(picky, timeout=0.3), ["hangs"], 1.0).total.isnan().all()
@@ -159,12 +162,50 @@ def test_what_is_not_at_fault_is_asked_for_again_together(worker):
 
     mixed = given(["good"] * 3, 0.5)
     assert mixed.total.tolist() == [0, 1, 2] and not mixed.failed
-    assert "failed on 3 rows from row 0 to row 2: OSError: try again (test_" in mixed.notes[0]
+    assert "failed on 3 responses, the first to row 0: OSError: try again (test_" in mixed.notes[0]
     assert mixed.notes[0].endswith("; asked again it gave every value")
     mixed = given(["good", "raises", "good"], 0.5)
     assert mixed.total[[0, 2]].tolist() == [0, 1] and mixed.failed == ("mine",)
     with pytest.raises(RewardError, match="OSError: try again .*; each of them passes alone"):
         given(["good"] * 3, 0)
+
+
+def test_requests_that_fail_at_random_cost_their_rows_and_no_run():
+    """One at a time where the exceptions come as values, else as long as a try of all the rest gets through."""
+    rng = random.Random(0)
+
+    async def score():
+        if rng.random() < 0.05:
+            raise OSError("429")
+        return 1.0
+
+    async def judged(prompts, completions, **columns):
+        return await asyncio.gather(*(score() for _ in prompts), return_exceptions=True)
+
+    failed = [len(rewarded(mix(judged, worker=False), ["good"] * 64, 0.25).failed) for _ in range(20)]
+    assert 20 < sum(failed) < 110
+    note = next(n for _ in range(20) for n in rewarded(mix(judged, worker=False), ["good"] * 64, 0.25).notes)
+    assert "failed on row" in note and "OSError: 429 (test_reward_calls.py:" in note
+    left = [True, False, False, True, False]
+
+    def brittle(prompts, completions, **columns):
+        if len(prompts) > 1 and left.pop():
+            raise OSError("503")
+        return [1.0] * len(prompts)
+
+    assert rewarded(mix(brittle, worker=False), ["good"] * 4, 0.25).total.tolist() == [1] * 4 and len(left) == 4
+    left[:] = [False, True, True]
+    assert rewarded(mix(brittle, worker=False), ["good"] * 4, 0.25).total.tolist() == [1] * 4 and not left
+
+
+def test_a_reward_that_fails_on_all_of_several_calls_stops_the_run_however_few_they_are():
+    once = mix(picky, worker=False)
+    for kind in ("raises", "raises", "good", "raises", "raises"):
+        rewarded(once, [kind] * 2, 0.1, 2)
+    with pytest.raises(
+        RewardError, match="KeyError.*left out, as 2 of 2 .* in the 2 calls before: is the reward broken"
+    ):
+        rewarded(once, ["raises"] * 2, 0.1, 2)
 
 
 def test_a_batch_that_fails_where_its_rows_pass_alone_stops_whatever_the_bound():
@@ -173,7 +214,9 @@ def test_a_batch_that_fails_where_its_rows_pass_alone_stops_whatever_the_bound()
             raise OSError("one at a time")
         return [1.0]
 
-    with pytest.raises(RewardError, match="failed on 3 rows .*one at a time .*; each of them passes alone"):
+    with pytest.raises(
+        RewardError, match="failed on 3 responses, .*one at a time .*; each of them passes alone, and together"
+    ):
         rewarded(mix(alone), ["good"] * 3, 1.0)
 
 
@@ -258,6 +301,29 @@ def test_what_a_reward_has_started_ends_with_it(tmp_path):
         rewarded(once, ["hangs"])
     for kind in ("good", "hangs"):
         gone_soon(int((tmp_path / kind).read_text()))
+
+
+def test_a_crash_is_told_though_what_the_reward_has_forked_lives_on():
+    def starts(prompts, completions, kind, **columns):
+        if kind[0] == "forks":
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=[60], daemon=True).start()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [1.0] * len(kind)
+
+    started = time.perf_counter()
+    with pytest.raises(RewardError, match="ended with signal SIGKILL"):
+        rewarded(mix(starts, timeout=30), ["forks"])
+    assert time.perf_counter() - started < 10
+
+
+def test_a_question_that_nobody_reads_has_no_answer(monkeypatch):
+    monkeypatch.setattr("cosmo_fast.rewards.worker._UNREAD", struct.pack("ll", 0, 300_000))
+    once = mix(picky)
+    rewarded(once, ["good"])
+    os.kill(once.worker._process.pid, signal.SIGSTOP)
+    with pytest.raises(RewardError, match="gave nothing"):
+        once([""], ["x" * 8_000_000], [{"kind": "good"}])
+    assert rewarded(once, ["good"]).total.item() == 1
 
 
 def test_one_worker_serves_several_mixes_and_starts_anew_for_a_further_one():

@@ -1,6 +1,7 @@
 """Rewards by rule: answers, formats, length, confidence, instructions, verdicts."""
 
 import json
+import multiprocessing
 import time
 
 import pytest
@@ -311,10 +312,10 @@ def test_a_recipe_gates_its_rewards_and_says_what_is_wrong_with_a_gate(recipe, t
 
 def test_a_reward_of_ones_own_does_not_take_the_check_from_the_others(recipe, tmp_path):
     """Nor is it called by the check."""
-    calls = []
+    calls = multiprocessing.get_context("fork").SimpleQueue()
 
     def own(prompts, completions, **columns):
-        calls.append(len(prompts))
+        calls.put(len(prompts))
         return [0.0] * len(completions)
 
     def refused(word, recipes, **columns):
@@ -329,4 +330,10 @@ def test_a_reward_of_ones_own_does_not_take_the_check_from_the_others(recipe, tm
     refused(blank, "{general_rule: {accuracy: 1}, safety: {own: 1}}", label="general_rule")
     asks = "blank.jsonl:1: row .* no column 'judge', whose verdict its 'policy' asks for"
     refused(asks, "{safety: {own: 1}}", label="safety", policy="refuse")
-    assert not calls
+    refused("blank.jsonl:1: column 'instructions'", "{a: {own: 1}}", label="a", instructions=[{"kind": "bogus"}])
+    refused("blank.jsonl:1: row .label 'a'.: unknown policy 'deny'", "{a: {own: 1}}", label="a", policy="deny")
+    named = [f"--stages.rl.train_dataset={tmp_path}/named.jsonl", "--stages.rl.reward_recipe={a: {accuracy: 1}}"]
+    row = {"prompt": [{"role": "user", "content": "How many?"}], "label": "a", "answer": "3"}
+    (tmp_path / "named.jsonl").write_text(json.dumps(row))
+    Trainer(load_config(str(recipe), [*SHORT, *named]), reward_funcs={"accuracy": own})
+    assert calls.empty(), "in no process"

@@ -314,7 +314,7 @@ def test_a_reward_that_hangs_stops_with_its_rows_after_the_timeout(reward):
     started = time.perf_counter()
     with pytest.raises(RewardError, match=r"'slow' gave nothing within reward_timeout=0.2 s on a.jsonl:3 \(id 's'"):
         mix([""], [GOOD], [{"id": "s"}], ["a.jsonl:3"])
-    with pytest.raises(RewardError, match="on 2 rows from row 0 to row 1"):
+    with pytest.raises(RewardError, match="on 2 responses, the first to row 0"):
         mix(["", ""], [GOOD, GOOD], [{}, {}])
     assert time.perf_counter() - started < 3
     time.sleep(0.3)  # no alarm is left behind

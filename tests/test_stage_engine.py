@@ -356,7 +356,5 @@ def test_a_run_goes_on_past_a_reward_that_fails_now_and_then(recipe, tmp_path, c
         )
         assert any(sample["advantage"] for sample in samples)
     assert "reward 'own' failed on" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="OSError: no answer; at least 2 of 24 responses fail, over max_reward_failures=0.01"
-    ):
-        run(recipe, *flags, "--stages.rl.max_reward_failures=0.01", rewards={"own": flaky})
+    with pytest.raises(ValueError, match=r"reward 'own' failed on .*jsonl:\d+ .* OSError: no answer"):
+        run(recipe, *flags, "--stages.rl.max_reward_failures=0", rewards={"own": flaky})

@@ -73,8 +73,7 @@ def check_rewards(
     # A user's own rewards may be slow, or count their calls.
     at(where, mix.built_in(), texts, said, columns, [p.source for p in prompts])
     for prompt, row in zip(prompts, columns, strict=True):
-        if row.get("policy") is not None or row.get("label") in ("value", "knowledge"):
-            at(prompt.source, score, [row], [""])
+        at(prompt.source, score, [row], [""])
 
 
 def check_file(

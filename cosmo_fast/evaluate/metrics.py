@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosmo_fast.rewards.accuracy import correct, normalise, stated
+from cosmo_fast.rewards.columns import row_name
 from cosmo_fast.rewards.confidence import THRESHOLD, stated_confidence
 from cosmo_fast.rewards.format import answer_text, format_deliberative, format_perception, format_reward, shown
 from cosmo_fast.rewards.instruction import followed
@@ -72,7 +73,9 @@ def score(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> dict
                 misled.append(sure > THRESHOLD and not right[index])
         if row.get("policy") is not None:
             if row["policy"] not in POLICIES:
-                raise ValueError(f"row {index}: unknown policy {row['policy']!r}, want one of {', '.join(POLICIES)}")
+                raise ValueError(
+                    f"{row_name(row, place)}: unknown policy {row['policy']!r}, want one of {', '.join(POLICIES)}"
+                )
             verdicts[index] = judged(answer, row, place)
         if row.get("label") == "value" and has_verdict(row, "value"):
             advised.append(judged(answer, row, place) == "good")

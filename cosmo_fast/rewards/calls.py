@@ -34,6 +34,7 @@ Values = list[float | None | Fault]
 Run = Callable[[Sequence[Sample], float], Values]  # (samples, seconds)
 _MACHINERY = {Path(__file__).with_name(f"{name}.py") for name in ("calls", "worker", "mix")}
 _MACHINERY |= {Path(asyncio.__file__).with_name(f"{name}.py") for name in ("runners", "base_events")}
+TRIES = 3  # ours
 MAX_HUNG = 3  # ours: rows that may hang in a call, each for the whole limit, before the reward is taken to hang on all
 
 
@@ -43,7 +44,7 @@ def call(
     """The values of one reward, a Fault for each sample on which it fails, and what to say of its faults, if any.
 
     Where a call raises or takes more than ``timeout`` seconds, each sample is tried alone to find those at fault, and
-    all others are asked for again together, as a reward may compare the samples of a batch.
+    all others are asked for again together, as a reward may compare the samples of a batch; TRIES times in all.
 
     Raises RewardError, naming a row: for faults of more than the share ``max_failures`` of the samples and of more than
     ``least`` of them (share 0: for any), for a batch that fails where its rows pass alone, for no list of that length.
@@ -51,38 +52,53 @@ def call(
     if collision := set(ARGUMENTS) & {column for *_, row in samples for column in row}:
         raise RewardError(f"column {collision.pop()!r} collides with the argument of that name of every reward")
     who, count, cause, failed = f"reward {name!r}", len(samples), None, ""
-    allowed = max(least, int(max_failures * count)) if max_failures else 0
-    try:
-        values = run(samples, timeout)
-    except BrokenReward as error:
-        raise RewardError(f"{who} {error}") from None
-    except (Exception, NoAnswer) as error:
-        where = samples[0][0] if count == 1 else f"{count} rows from {samples[0][0]} to {samples[-1][0]}"
-        cause, failed = error, _failure(error, where, timeout)
-        if isinstance(error, NoAnswer) and not allowed:
-            raise RewardError(f"{who} {failed}") from None
-        found = {0: Fault(failed)} if count == 1 else _failing(who, run, samples, timeout, allowed)
-        values = [found.get(i) for i in range(count)]
-        rest = [i for i in range(count) if i not in found]
-        if rest and len(found) <= allowed:
+    allowed = max(least, int(max_failures * count + 1e-9)) if max_failures else 0
+    found: dict[int, Fault] = {}
+    rest, values = list(range(count)), []
+    for _ in range(TRIES):
+        try:
+            values = run([samples[i] for i in rest], timeout)
+            break
+        except BrokenReward as error:
+            raise RewardError(f"{who} {error}") from None
+        except (Exception, NoAnswer) as error:
+            first = samples[rest[0]][0]
+            where = first if len(rest) == 1 else f"{len(rest)} responses, the first to {first}"
+            cause, failed = error, _failure(error, where, timeout)
+            if isinstance(error, NoAnswer) and not allowed:
+                raise RewardError(f"{who} {failed}") from None
+            if len(rest) == 1:
+                found[rest[0]] = Fault(failed)
+            else:
+                found |= _failing(who, run, [(i, samples[i]) for i in rest], timeout, allowed - len(found))
+            rest = [i for i in rest if i not in found]
+            if not rest or len(found) > allowed:
+                break
             if not allowed:
                 raise RewardError(f"{who} {failed}; each of them passes alone") from error
-            for i, value in zip(rest, _again(who, run, [samples[i] for i in rest], timeout), strict=True):
-                values[i] = value
-    faults = [value for value in values if isinstance(value, Fault)]
+    else:
+        raise RewardError(
+            f"{who} {failed}; each of them passes alone, and together they failed {TRIES} times"
+        ) from cause
+    result: Values = [found.get(i) for i in range(count)]
+    for i, value in zip(rest, values, strict=bool(values)):
+        result[i] = value
+    faults = [value for value in result if isinstance(value, Fault)]
     if len(faults) > allowed:
         share = f"; at least {len(faults)} of {count} responses fail, over max_reward_failures={max_failures:g}"
         raise RewardError(f"{who} {faults[0]}{share if allowed else ''}") from cause
     if faults:
-        return values, f"{who} {faults[0]}; left out, as {len(faults)} of {count} responses are"
-    return values, failed and f"{who} {failed}; asked again it gave every value"
+        return result, f"{who} {faults[0]}; left out, as {len(faults)} of {count} responses are"
+    return result, failed and f"{who} {failed}; asked again it gave every value"
 
 
-def _failing(who: str, run: Run, samples: Sequence[Sample], timeout: float, allowed: int) -> dict[int, Fault]:
+def _failing(
+    who: str, run: Run, samples: Sequence[tuple[int, Sample]], timeout: float, allowed: int
+) -> dict[int, Fault]:
     """Which samples fail alone, by index; no further ones where they are more than ``allowed``."""
     found: dict[int, Fault] = {}
     hung = 0
-    for i, sample in enumerate(samples):
+    for i, sample in samples:
         try:
             run([sample], timeout)
         except (Exception, NoAnswer) as error:
@@ -90,16 +106,8 @@ def _failing(who: str, run: Run, samples: Sequence[Sample], timeout: float, allo
             if len(found) > allowed:
                 break
             if hung == MAX_HUNG:
-                raise RewardError(f"{who} {found[i]} It is the {hung}rd row alone on which it hangs") from None
+                raise RewardError(f"{who} {found[i]} It is the {hung}rd response alone on which it hangs") from None
     return found
-
-
-def _again(who: str, run: Run, samples: Sequence[Sample], timeout: float) -> Values:
-    try:
-        return run(samples, timeout)
-    except (Exception, NoAnswer) as error:
-        failed = _failure(error, f"{len(samples)} rows from {samples[0][0]} to {samples[-1][0]}", timeout)
-        raise RewardError(f"{who} {failed}; each of them passes alone") from error
 
 
 def compute(function: RewardFunction, samples: Sequence[Sample]) -> Values:
@@ -155,6 +163,8 @@ async def _wait(result: Awaitable) -> Any:
 def _number(value: Any, where: str) -> float | None | Fault:
     if value is None:
         return None
+    if isinstance(value, Exception):  # of asyncio.gather(..., return_exceptions=True)
+        return Fault(f"failed on {where}: {described(value)}")
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):

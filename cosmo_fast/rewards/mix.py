@@ -43,6 +43,7 @@ M3_RECIPES: dict[str, dict[str, float]] = {
     "general": {"general": 1.0},
     "general_rule": {"accuracy": 1.0},
 }
+MAX_DEAD = 3  # ours: calls in a row that a reward may fail as a whole, where that few failures are allowed at all
 # What an rl stage adds to the columns of a row: what the users say, unless the row has a column of that name, and the
 # paths of its pictures; the sampled tokens; and the answer to `visual_focus_drop`.
 STAGE_COLUMNS: dict[str, Any] = {"question": "", "images": (), "completion_ids": (), "blank_logprob_drop": 0.0}
@@ -158,7 +159,7 @@ class RewardMix:
             if unknown := sorted(given.keys() - takes):
                 raise ValueError(f"reward_options.{name}: {unknown} is nothing that the reward takes: {sorted(takes)}")
             self.functions[name] = partial(self.functions[name], **given)
-        self.worker = worker
+        self.worker, self._dead = worker, Counter()
         self._numbers = {name: worker.add(function) for name, function in self.functions.items()} if worker else {}
 
     def __call__(
@@ -178,8 +179,8 @@ class RewardMix:
         (raise, give no finite number, or nothing in time), above 0 on ``least_failures`` of however few: they have no
         reward then.
 
-        Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails on more, or
-        returns another length, and a row to which no reward applies.
+        Raises RewardError (a ValueError) naming the reward and the row: unknown label, a reward that fails on more, on
+        all of MAX_DEAD calls in a row, or returns another length, and a row to which no reward applies.
         """
         if not len(prompts) == len(completions) == len(rows):
             raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(rows)} rows: want equal")
@@ -196,6 +197,9 @@ class RewardMix:
             samples = [(names[index], prompts[index], completions[index], rows[index]) for index in chosen]
             bounds = self.timeout, max_failures, least_failures
             values, said = call(name, partial(self._run, name, function), samples, *bounds)
+            self._dead[name] = self._dead[name] + 1 if all(isinstance(v, Fault) for v in values) else 0
+            if self._dead[name] == MAX_DEAD and max_failures < 1:
+                raise RewardError(f"{said}; so it was in the {MAX_DEAD - 1} calls before: is the reward broken?")
             notes += [said] if said else []
             for index, given in zip(chosen, values, strict=True):
                 if isinstance(given, Fault):
@@ -214,9 +218,11 @@ class RewardMix:
         return MixedRewards(total.float(), matrix.float(), weights.float(), *said)
 
     def built_in(self) -> "RewardMix":
-        """The same with 0 in place of what is in no table of ours, computed in this process."""
+        """The same with 0 in place of functions that are not of this package, computed in this process."""
         other = copy.copy(self)
-        other.functions = {name: f if name in REWARDS else _zero for name, f in self.functions.items()}
+        whole = {name: f.func if isinstance(f, partial) else f for name, f in self.functions.items()}
+        ours = {name for name, f in whole.items() if str(f.__module__).startswith("cosmo_fast.")}
+        other.functions = {name: f if name in ours else _zero for name, f in self.functions.items()}
         other.worker = None
         return other
 

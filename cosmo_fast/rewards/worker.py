@@ -2,8 +2,11 @@
 
 import ctypes
 import os
+import pickle
 import resource
 import signal
+import socket
+import struct
 import sys
 import threading
 import traceback
@@ -24,6 +27,7 @@ from cosmo_fast.rewards.columns import RewardError
 
 _PR_SET_PDEATHSIG = 1
 _LONGEST = 1e6  # seconds that a poll takes
+_UNREAD = struct.pack("ll", 60, 0)  # seconds, microseconds: a question that nobody reads for so long has no answer
 
 
 class WorkerError(RewardError):
@@ -35,8 +39,8 @@ class Worker:
 
     The process is a fork, so any callable will do; it is made at :meth:`start`, or by the first call, and anew after a
     kill. Start it before the model is loaded: pages that its parent overwrites later are kept for it. What a reward
-    keeps is kept there, and nothing in this process sees it. It and what it starts end with the Worker, at the latest
-    with the thread that forked it, without exit handlers.
+    keeps is kept there, and nothing in this process sees it. It ends with the Worker, and so does what it has started,
+    but for sessions of their own; at the latest it ends, alone, with the thread that forked it. No exit handler runs.
     """
 
     def __init__(self):
@@ -76,7 +80,7 @@ class Worker:
     def start(self) -> None:
         """Makes the process, if there is none that runs."""
         if self._process is not None:
-            if not wait([self._process.sentinel], 0):
+            if not wait([self._death], 0):
                 return
             self._end(patience=0)
         context = get_context("fork")
@@ -86,8 +90,11 @@ class Worker:
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         theirs.close()
+        with socket.socket(fileno=os.dup(self._pipe.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _UNREAD)
+        self._death = _death(process)
         self._process = process
-        self._finalizer = Finalize(self, _end, (process, self._pipe, 1.0), exitpriority=10)
+        self._finalizer = Finalize(self, _end, (process, self._pipe, self._death, 1.0), exitpriority=10)
 
     def close(self) -> None:
         """Ends the process; another call starts the next one."""
@@ -95,10 +102,16 @@ class Worker:
             self._end(patience=1)
 
     def _answer(self, question: Any, timeout: float) -> tuple:
-        self._pipe.send_bytes(question)
-        if not wait([self._pipe, self._process.sentinel], min(timeout, _LONGEST)):
+        with suppress(BrokenPipeError):  # it has ended
+            try:
+                self._pipe.send_bytes(question)
+            except BlockingIOError:
+                raise NoAnswer from None
+        if not wait([self._pipe, self._death], min(timeout, _LONGEST)):
             raise NoAnswer
         try:
+            if not self._pipe.poll():
+                raise EOFError
             return self._pipe.recv()
         except (EOFError, ConnectionResetError):
             process = self._process
@@ -110,18 +123,28 @@ class Worker:
     def _end(self, patience: float) -> None:
         if self._process is not None:
             self._finalizer.cancel()
-            _end(self._process, self._pipe, patience)
+            _end(self._process, self._pipe, self._death, patience)
             self._process = None
 
 
-def _end(process: BaseProcess, pipe: Connection, patience: float) -> None:
+def _death(process: BaseProcess) -> int:
+    """What a wait returns at its death: its sentinel is a pipe, which lives on in what it has forked."""
+    try:
+        return os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # not Linux, or an old one
+        return process.sentinel
+
+
+def _end(process: BaseProcess, pipe: Connection, death: int, patience: float) -> None:
     """Lets it end by itself for ``patience`` seconds, then kills it and all that it has started."""
     pipe.close()
-    wait([process.sentinel], patience)
+    wait([death], patience)
     for kill in (os.killpg, os.kill):  # it has no group yet if it has only just begun
         with suppress(ProcessLookupError):
             kill(process.pid, signal.SIGKILL)
     process.join()
+    if death != process.sentinel:
+        os.close(death)
 
 
 def _serve(pipe: Connection, parents: Connection, functions: Sequence[RewardFunction]) -> None:
@@ -134,10 +157,11 @@ def _serve(pipe: Connection, parents: Connection, functions: Sequence[RewardFunc
     torch.set_num_threads(1)  # OpenMP's threads are not in a fork
     while True:
         try:
-            number, samples = pipe.recv()
+            question = pipe.recv_bytes()
         except EOFError:
             return
         try:
+            number, samples = pickle.loads(question)
             answer = "values", compute(functions[number], samples)
         except BrokenReward as error:
             answer = "broken", str(error)

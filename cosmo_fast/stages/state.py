@@ -119,7 +119,7 @@ def check_metrics(stage: StageConfig, measured: Collection[str], rewards: Collec
     Raises:
         ConfigError: naming the metric and those that there are.
     """
-    given = {f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std", "failed")}
+    given = {f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std")}
     wanted = [*(f"rewards/{name}/mean" for name in stage.constraints), *(rule.metric for rule in rules(stage))]
     for metric in [*wanted, *([stage.metric_for_best_model] if stage.metric_for_best_model else [])]:
         known = measured if metric.startswith("eval/") else given
