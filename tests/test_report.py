@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -198,6 +199,13 @@ def test_a_table_of_one_stage_or_of_other_splits_later_is_drawn():
         assert "0.750" in stream.getvalue()
 
 
+def test_stages_without_an_evaluation_get_no_table():
+    report = Progress([], stream=io.StringIO())
+    report.console = Console(file=io.StringIO(), width=60)
+    report.table({"stages": [{"name": "rl", "splits": {}}]})
+    assert not report.console.file.getvalue()
+
+
 def test_trailing_mean_is_the_mean_of_the_last_values():
     values = np.array([1.0, 2.0, 3.0, 10.0])
     assert trailing_mean(values, 2).tolist() == [1.0, 1.5, 2.5, 6.5]
@@ -219,6 +227,13 @@ def test_every_curve_that_has_values_is_drawn_from_the_file(tmp_path):
 
 def test_one_step_is_enough_for_a_plot(tmp_path):
     assert plot_run(metrics()[-1:], tmp_path, smoothing=1)
+
+
+def test_a_curve_that_begins_after_its_stage_has_room_for_the_stage_s_name(tmp_path):
+    rows = [{"global_step": 1, "stage": "rl", "loss": 1.0}, {"global_step": 99, "stage": "rl", "rollout/kl": 0.0}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where what lies outside leaves the axes no room
+        assert {path.stem for path in plot_run(rows, tmp_path, smoothing=1)} == {"kl", "loss", "overview"}
 
 
 def test_nothing_to_plot_and_no_smoothing_are_named(tmp_path):

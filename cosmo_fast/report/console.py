@@ -92,9 +92,11 @@ class Progress:
             self._recent.clear()
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """Prints `stage_table(summary)`; a terminal too narrow for the intervals gets the rates alone."""
+        """Prints `stage_table(summary)`, if it has rows; without the intervals where the terminal is too narrow."""
         self._stop()
         table = stage_table(summary)
+        if not table.row_count:
+            return
         wanted = Measurement.get(self.console, self.console.options.update(max_width=10_000), table).maximum
         self.console.print(table if wanted <= self.console.width else stage_table(summary, intervals=False))
 

@@ -142,7 +142,9 @@ def _name_stages(axis: Any, title: str, stages: Sequence[tuple[int, str, int]], 
         if order:
             axis.axvline(step - 0.5, color="0.4", lw=0.9, ls="--")
         height = 1.08 if crowded and order % 2 else 1.02  # a short stage has a name longer than itself
-        axis.text(step, height, name, transform=axis.get_xaxis_transform(), fontsize=8, color="0.3", va="bottom")
+        axis.text(
+            max(step, low), height, name, transform=axis.get_xaxis_transform(), fontsize=8, color="0.3", va="bottom"
+        )
 
 
 def _cycle(count: int) -> list[str]:
