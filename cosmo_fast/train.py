@@ -96,7 +96,7 @@ def _rewards(trainer, stage) -> Counter:
     mix, given, found = trainer.reward_mixes[stage.name], stage.reward_recipe or {}, Counter()
     for prompt in (prompt for items, _ in trainer.data[stage.name].values() for prompt in items):
         label = prompt.columns.get("label")
-        recipe = mix.recipe(prompt.columns) | given.get(label, given.get("*", {}))
+        recipe = mix.recipe(prompt.columns, weights=given)
         recipe |= {"format": stage.format_weight} if mix.format_weight else {}
         weights = {n: f"{w.start:g} to {w.to:g}" if isinstance(w, Schedule) else f"{w:g}" for n, w in recipe.items()}
         earned = ", ".join(f"{name} {weight}" for name, weight in weights.items() if weight != "0")

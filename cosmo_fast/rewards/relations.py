@@ -16,7 +16,8 @@ def relations(mixed: MixedRewards, each: int) -> dict[str, float]:
     rewards/NAME/share = cov(w·r, R)/var(R), both within groups, R = Σ w·r; below 0 where a reward works against the
     others; the shares sum to 1, and there are none where no group's rewards differ. An advantage is R less its group's
     mean, so this is the reward's share of its variance; kinds that divide by a group's std weigh the groups otherwise,
-    and where other sums than R are taken (GDPO, gated, lagrangian) it is the share of R alone (ours).
+    and where other sums than R are taken (GDPO, gated, lagrangian) it is the share of R alone (ours). A group in which
+    a reward failed is left out of it.
     rewards/corr/A,B (Pearson), rank_corr (Spearman) and corr_n over the samples to which both apply, 3 at least, where
     neither is constant and there are at most FEW rewards.
     """

@@ -58,7 +58,7 @@ class Worker:
         """As `calls.compute`; NoAnswer after ``timeout`` seconds, WorkerError for what was raised there."""
         try:
             question = ForkingPickler.dumps((number, samples))
-        except Exception as error:
+        except Exception as error:  # a column may raise anything where it is pickled
             raise WorkerError(
                 f"its columns cannot go to another process ({error}): set reward_worker: false"
             ) from error
@@ -165,7 +165,7 @@ def _serve(pipe: Connection, parents: Connection, functions: Sequence[RewardFunc
             answer = "values", compute(functions[number], samples)
         except BrokenReward as error:
             answer = "broken", str(error)
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything: the parent tells it, with the row
             hint = "; set reward_worker: false" if "forked subprocess" in str(error) else ""  # CUDA's words
             answer = "raised", described(error) + hint, traceback.format_exc()
         sys.stdout.flush()
